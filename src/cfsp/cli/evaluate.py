@@ -21,6 +21,13 @@ from cfsp.quality.tasks.selection import DEFAULT_BATCH, TaskSelection
 from cfsp.settings import BOS, DEFAULT_QUESTIONS, Compute, EvaluationText, names_in
 from cfsp.text.sources import check_texts
 
+_WINDOWS = 12
+# What says how to measure something, by the option that asks for it, unless it is given.
+_USUAL_OF: dict[str, dict[str, Any]] = {
+    "data": {"windows": _WINDOWS, "seqlen": None, "bos": "auto"},
+    "tasks": dict.fromkeys(("limit", "shots", "task_data")),
+}
+
 
 def add_options_to(parser: Parser) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="as for prune")
@@ -41,9 +48,9 @@ def add_options_to(parser: Parser) -> None:
     text.add_argument(
         "--windows",
         type=_windows,
-        default=12,
+        default=_WINDOWS,
         metavar="N",
-        help="first N windows of each text, or all (default: 12)",
+        help=f"first N windows of each text, or all (default: {_WINDOWS})",
     )
     text.add_argument(
         "--seqlen",
@@ -96,9 +103,10 @@ def _add_tasks(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> Told:
     if not (args.data or args.tasks or args.answers):
         raise UsageError("expected --data, --tasks, --answers or several, found none")
-    for name in ("limit", "shots", "task_data"):
-        if getattr(args, name) is not None and not args.tasks:
-            raise UsageError(f"--{name.replace('_', '-')} is about tasks; add --tasks")
+    for owner, usual in _USUAL_OF.items():
+        for name, value in usual.items():
+            if getattr(args, name) != value and not getattr(args, owner):
+                raise UsageError(f"--{name.replace('_', '-')} is about --{owner}; add --{owner}")
     if args.tasks or args.answers:
         alone = "--tasks" if args.tasks else "--answers"
         check_is_alone(alone, "leave it out, or evaluate without torchrun")
