@@ -6,6 +6,7 @@ Many copies of Gemma and all .gguf files of Phi-3 name <eos> alone, and their mo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 _SAID = "river"
@@ -17,9 +18,9 @@ def ends_in(config: Any) -> set[int]:
     return {*(named if isinstance(named, list) else [named])} - {None}
 
 
-def turn_end(tokenizer: Any) -> set[int]:
-    """Return the token, if the template ends an answer with one that is no text."""
-    turns = [{"role": role, "content": _SAID} for role in ("user", "assistant")]
+def turn_end(tokenizer: Any, roles: Sequence[str] = ("user", "assistant")) -> set[int]:
+    """Return the token, if the template ends what the last role says with one that is no text."""
+    turns = [{"role": role, "content": _SAID} for role in roles]
     try:
         before, _, after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_SAID)
         first: list[int] = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"][:1]

@@ -21,18 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import longest_input_of
-from cfsp.checkpoint.turn_end import ends_in, turn_end
 from cfsp.errors import TextError, UsageError
 from cfsp.progress import item_progress
+from cfsp.quality.generation import Generator
 from cfsp.quality.paired import as_json, per_count
 from cfsp.quality.perplexity import WindowSums, divergence_and_agreement
 from cfsp.quality.results_file import answer_measures
-from cfsp.streaming.decoder_end import text_model
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
 from cfsp.text.records import templated
 from cfsp.text.sources import TextSource
@@ -140,7 +139,7 @@ def answers_of(
 
 
 class _Answering:
-    """A model in memory, which answers greedily whatever its own generation config says."""
+    """A model in memory, which answers greedily."""
 
     def __init__(
         self,
@@ -148,21 +147,10 @@ class _Answering:
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[list[int]],
     ) -> None:
-        self._model, self._tokenizer = text_model(whole), tokenizer
-        # A tokenizer names one, as a config does.
-        ends = ends_in(whole.generation_config) | ends_in(tokenizer) | turn_end(tokenizer)
-        self._ends = sorted(ends)
-        self._pad = self._ends[0] if self._ends else 0
-        # What a call leaves open is the model's own, such as its penalty of repetition.
-        self._model.generation_config = GenerationConfig(
-            do_sample=False, eos_token_id=self._ends or None, pad_token_id=self._pad
-        )
+        self._model = Generator(whole, tokenizer)
         # Padded like the longest question, the shortest must be read as it is alone.
         few = [min(prompts, key=len), max(prompts, key=len)]
-        alone_1V, padded_2V = (
-            self._generate(some, max_new_tokens=1, output_logits=True).logits[0]
-            for some in (few[:1], few)
-        )
+        alone_1V, padded_2V = map(self._model.first_logits, (few[:1], few))
         off, _ = divergence_and_agreement(padded_2V[:1], alone_1V)
         most = _MOST_OF_PADDING if self._model.dtype == torch.float32 else _MOST_IN_HALF
         self._batch = _BATCH if off < most else 1
@@ -172,28 +160,17 @@ class _Answering:
         found = []
         for start in range(0, len(prompts), self._batch):
             some = prompts[start : start + self._batch]
-            sequences_BT = self._generate(some, max_new_tokens=ANSWER_TOKENS).sequences
-            for tokens in sequences_BT[:, max(map(len, some)) :].tolist():
-                words = list(takewhile(lambda token: token not in self._ends, tokens))
+            for tokens in self._model.continue_from(some, ANSWER_TOKENS):
+                stops = tokens[-1] in self._model.ends
                 found.append(
                     {
-                        "tokens": tokens[: len(words) + 1],
-                        "answer": self._tokenizer.decode(words, skip_special_tokens=True).strip(),
-                        "stops": len(words) < len(tokens),
-                        "loops": is_loop(words),
+                        "tokens": tokens,
+                        "answer": self._model.text_of(tokens),
+                        "stops": stops,
+                        "loops": is_loop(tokens[:-1] if stops else tokens),
                     }
                 )
         return found
-
-    def _generate(self, prompts: Sequence[list[int]], **options: Any) -> Any:
-        length = max(map(len, prompts))
-        rows = [[self._pad] * (length - len(prompt)) + prompt for prompt in prompts]
-        mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        tokens_BT, mask_BT = torch.tensor([rows, mask], device=self._model.device)
-        with torch.inference_mode():
-            return self._model.generate(
-                tokens_BT, attention_mask=mask_BT, return_dict_in_generate=True, **options
-            )
 
 
 def is_loop(tokens: Sequence[int]) -> bool:

@@ -17,7 +17,7 @@ Shapes: N windows, T tokens of a window, R tokens of a document.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from operator import eq
 
@@ -40,6 +40,9 @@ _MAX_TOKENS_OF_A_TEXT = 200_000_000
 _HELD_OUT_SHARE = 0.03
 _MAX_HELD_OUT_TOKENS = 16_384
 _MOST_OF_A_DOCUMENT = 4096
+# What a report calls the chats that the dense model writes, and which part of a pass they are.
+OWN_CHATS = "the dense model's chats"
+_SHARE_OF_CHATS = 0.25
 
 
 class WindowData(Dataset[dict[str, Tensor]]):
@@ -57,6 +60,13 @@ class WindowData(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.token_NT[index], "labels": self.label_NT[index]}
+
+    def and_windows(self, windows_2NT: Tensor) -> WindowData:
+        """Return the same with further windows, and their labels."""
+        token_NT, label_NT = windows_2NT
+        return WindowData(
+            torch.cat([self.token_NT, token_NT]), torch.cat([self.label_NT, label_NT])
+        )
 
     @property
     def digest(self) -> str:
@@ -92,10 +102,7 @@ def read_text(
     for part, _ in parts_with_shares(names, 0):
         source = TextSource(part, "calibration")
         documents = list(_documents(source, tokenizer, most))
-        own, held = (_windows(each, seqlen, begins_with) for each in _divided(documents, seqlen))
-        if not own.shape[1] or not held.shape[1]:  # too little text, or held out without an answer
-            whole = _windows(documents, seqlen, begins_with)
-            own, held = whole[:, :-1], whole[:, -1:]
+        own, held = _own_and_held_out(documents, seqlen, begins_with)
         if not (count := own.shape[1]):
             raise TextError(
                 f"{source.name} holds {held.shape[1]} windows of {seqlen} tokens to learn from, 2 "
@@ -107,6 +114,39 @@ def read_text(
         sources[source.name] = sources.get(source.name, 0) + count
     to_train, to_judge = (WindowData(*torch.cat(parts, dim=1)) for parts in (train, held_out))
     return RecoveryText(to_train, to_judge, sources, bool(begins_with))
+
+
+def with_chats(
+    text: RecoveryText,
+    chats: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    bos: Bos = "auto",
+) -> RecoveryText:
+    """Return a text with the dense model's chats, repeated until they are a part of a pass."""
+    documents = [answer_tokens(chat, tokenizer, number) for number, chat in enumerate(chats, 1)]
+    seqlen = text.train.token_NT.shape[1]
+    own, held = _own_and_held_out(documents, seqlen, beginning(tokenizer, bos))
+    if not own.shape[1]:
+        return text
+    others = _SHARE_OF_CHATS / (1 - _SHARE_OF_CHATS) * len(text.train)
+    own = own.repeat(1, max(1, round(others / own.shape[1])), 1)
+    return replace(
+        text,
+        train=text.train.and_windows(own),
+        held_out=text.held_out.and_windows(held),
+        sources=text.sources | {OWN_CHATS: own.shape[1]},
+    )
+
+
+def _own_and_held_out(
+    documents: Sequence[Tensor], seqlen: int, begins_with: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """Return the windows [2, N, T] of documents to train on, and those that are held out."""
+    own, held = (_windows(each, seqlen, begins_with) for each in _divided(documents, seqlen))
+    if not own.shape[1] or not held.shape[1]:  # too little text, or held out without an answer
+        whole = _windows(documents, seqlen, begins_with)
+        own, held = whole[:, :-1], whole[:, -1:]
+    return own, held
 
 
 def _documents(

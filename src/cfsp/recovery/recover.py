@@ -38,11 +38,12 @@ from cfsp.checkpoint.own_files import (
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.tensor_file import write_shards
 from cfsp.errors import RecoveryError, UsageError
-from cfsp.processes import is_first_process, joined, take_own_accelerator
+from cfsp.processes import is_first_process, joined, process_count, take_own_accelerator
 from cfsp.quality.evaluate import perplexity_by_text
 from cfsp.quality.perplexity import before_and_after
 from cfsp.recovery.adaptation import attach, load_to_train, merge, size_of_weights
 from cfsp.recovery.loss import loss_inside
+from cfsp.recovery.own_chats import with_own_chats
 from cfsp.recovery.prepare import Prepared, prepare
 from cfsp.recovery.schedule import BYTES_PER_SECOND, MARGIN, schedule_of
 from cfsp.recovery.settings import (
@@ -205,7 +206,7 @@ def _recover(ready: Prepared, own: ExitStack, command: str) -> RecoverReport:
         # that opens later gives up.
         team.check_same({name: str(value) for name, value in ready.identity.items()})
         before, seconds = team.from_first(begin)
-        adapted, ready, report = _train(ready, seconds)
+        adapted, ready, report = _train(ready, work_dir, seconds)
     if not report.best_step:
         raise _nothing_gained(report, ready)
     if work_dir is None:
@@ -248,7 +249,9 @@ def measured_before(ready: Prepared, work_dir: WorkDir) -> tuple[dict[str, Any],
     return found, seconds
 
 
-def _train(ready: Prepared, seconds_to_measure: float) -> tuple[nn.Module, Prepared, RecoverReport]:
+def _train(
+    ready: Prepared, work_dir: WorkDir | None, seconds_to_measure: float
+) -> tuple[nn.Module, Prepared, RecoverReport]:
     """Train; return the model, the settings with the rate it had, and what there is to report."""
     source, settings, watch = ready.source, ready.settings, ready.watch
     device = compute_device(settings.compute.device)
@@ -260,6 +263,9 @@ def _train(ready: Prepared, seconds_to_measure: float) -> tuple[nn.Module, Prepa
 
     model = load(source)
     dense = None if ready.teacher is None else load(ready.teacher)
+    # Of several processes none waits for what one writes.
+    if dense is not None and work_dir is not None and process_count() == 1:
+        ready = with_own_chats(ready, dense, work_dir)
     usual = RELATIVE_RATES[settings.adaptation.method] * size_of_weights(model, ready.trained)
     rate = settings.training.learning_rate or float(f"{usual:.3g}")
     torch.manual_seed(settings.training.seed)

@@ -138,6 +138,15 @@ class Training(Declared):
         advanced=True,
     )
     bos: Bos = option("auto", BOS_HELP, choices=BOS, advanced=True)
+    own_chats: int = option(
+        0,
+        "chats that the dense model begins, such as 128, to be learnt from beside the text where "
+        "it has a chat template: its answers come nearer",
+        kind=int,
+        least=0,
+        most=MOST_WINDOWS,
+        advanced=True,
+    )
     teacher_weight: float = option(
         1.0,
         "of the teacher against the text, in [0, 1]: some text wins back more perplexity, and "

@@ -1,0 +1,108 @@
+"""Chats that the dense model writes itself, whose answers the pruned one learns.
+
+A model that was trained on chats goes on from the beginning of a user's turn with what users say,
+and then answers that (Magpie, arXiv 2406.08464). So it teaches what it does in its own template,
+which no text is in, and no data is needed for that.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cfsp.checkpoint.text_config import longest_input_of
+from cfsp.checkpoint.turn_end import turn_end
+from cfsp.progress import item_progress
+from cfsp.quality.generation import Generator
+from cfsp.recovery.data import with_chats
+from cfsp.recovery.prepare import Prepared
+from cfsp.streaming.work_dir import WorkDir, load_or_compute
+from cfsp.text.records import Conversation, templated
+from cfsp.text.tokenizers import load_tokenizer
+
+_AT_ONCE = 32
+_QUESTION_TOKENS, _ANSWER_TOKENS = 64, 128  # at most
+# As chats are mostly sampled; questions are to be of many kinds.
+_ASKING: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 50}
+_ANSWERING = _ASKING | {"temperature": 0.7}
+_MARK = "river"
+_SHARE_OF_TIME = 0.25
+
+
+def with_own_chats(ready: Prepared, dense: PreTrainedModel, work_dir: WorkDir) -> Prepared:
+    """Return the same with chats that the dense model writes, if it has a template for them.
+
+    They take a quarter of the minutes at most, or what a first few take. Where an answer was cut
+    off it says nothing about the end of one: only what the teacher thinks of it is to be learnt.
+    """
+    training, tokenizer = ready.settings.training, load_tokenizer(ready.source.directory)
+    if not training.own_chats or training.teacher_weight < 1 or not opening_of(tokenizer):
+        return ready
+    minutes = training.limit.minutes or math.inf
+
+    def write() -> dict[str, Any]:
+        chats: list[Conversation] = []
+        for some in own_chats(dense, tokenizer, training.own_chats, training.seed):
+            chats += some
+            if time.monotonic() - ready.started > _SHARE_OF_TIME * 60 * minutes:
+                break
+        return {"chats": chats}
+
+    with ready.watch.stage("chats"):
+        kept = load_or_compute(work_dir, "chats", write)["chats"]
+    return replace(ready, text=with_chats(ready.text, kept, tokenizer, training.bos))
+
+
+def opening_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens before what a user says first; none if nothing marks where that ends."""
+    has_ends = getattr(tokenizer, "is_fast", False) and turn_end(tokenizer, ("user",))
+    if not has_ends or not turn_end(tokenizer):
+        return []
+    before = templated(_asks(_MARK), tokenizer, 1).rpartition(_MARK)[0]
+    opening: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
+    return opening
+
+
+def own_chats(
+    whole: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, seed: int
+) -> Iterator[list[Conversation]]:
+    """Yield the chats that a model writes, some at a time; it begins so many.
+
+    Those are left out whose question is empty, does not end, or is too long to be answered.
+    """
+    model = Generator(whole, tokenizer, turn_end(tokenizer, ("user",)))
+    opening, room = opening_of(tokenizer), longest_input_of(whole.config)
+    torch.manual_seed(seed)
+    with item_progress("chats of the dense model", count, "chat") as bar:
+        for start in range(0, count, _AT_ONCE):
+            openings = [opening] * min(_AT_ONCE, count - start)
+            asked = model.continue_from(openings, _QUESTION_TOKENS, **_ASKING)
+            questions = {model.text_of(said) for said in asked if said[-1] in model.ends} - {""}
+            prompts = {question: _prompt(question, tokenizer) for question in sorted(questions)}
+            if room is not None:
+                prompts = {q: p for q, p in prompts.items() if len(p) + _ANSWER_TOKENS <= room}
+            said = model.continue_from([*prompts.values()], _ANSWER_TOKENS, **_ANSWERING)
+            answers = map(model.text_of, said)
+            yield [
+                [*_asks(question), {"role": "assistant", "content": answer}]
+                for question, answer in zip(prompts, answers, strict=True)
+                if answer
+            ]
+            bar.update(len(openings))
+
+
+def _asks(question: str) -> Conversation:
+    return [{"role": "user", "content": question}]
+
+
+def _prompt(question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    asked = {"add_generation_prompt": True, "enable_thinking": False}
+    text = templated(_asks(question), tokenizer, 1, **asked)
+    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokens

@@ -1,0 +1,142 @@
+"""Chats that the dense model writes itself: which they are, and what recovery makes of them."""
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AddedToken
+
+from builders import read_json, stopped_at
+from cfsp.checkpoint.loading import load
+from cfsp.recovery import own_chats as module
+from cfsp.recovery.data import OWN_CHATS, answer_tokens, read_text, with_chats
+from cfsp.recovery.loss import IGNORED
+from cfsp.recovery.own_chats import opening_of, own_chats
+from cfsp.recovery.settings import Limit, Training
+from recovery.conftest import recover, training
+
+END = "<end>"
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}END{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+def with_turns(tokenizer: Any, end: str) -> Any:
+    """Return the tokenizer with a template that ends turns with a token of the vocabulary."""
+    changed = copy.deepcopy(tokenizer)
+    changed.add_tokens([AddedToken(end, normalized=False)])
+    changed.chat_template = TEMPLATE.replace("END", end)
+    return changed
+
+
+@pytest.fixture(scope="module")
+def dense(tiny_checkpoint) -> Path:
+    found: Path = tiny_checkpoint("llama")
+    return found
+
+
+@pytest.fixture(scope="module")
+def chatting(dense, tokenizer) -> Any:
+    """Ends turns with what the tiny model says often."""
+    model = load(dense, dtype="float32")
+    start = torch.tensor([tokenizer("<s>user: ", add_special_tokens=False)["input_ids"]])
+    with torch.inference_mode():
+        likeliest = model(start).logits[0, -1].topk(20).indices.tolist()
+    words = (tokenizer.convert_ids_to_tokens(token) for token in likeliest)
+    return with_turns(tokenizer, next(word for word in words if word.isalpha()))
+
+
+@pytest.fixture
+def saved(pruned, dense, chatting, tmp_path) -> Path:
+    """A pruned model whose tokenizer chats."""
+    copied = tmp_path / "chatting"
+    shutil.copytree(pruned, copied)
+    chatting.save_pretrained(copied)
+    return copied
+
+
+def test_a_template_opens_a_turn_where_a_token_ends_it(tokenizer, chatting):
+    assert chatting.decode(opening_of(chatting)).replace(" ", "") == "<s>user:"
+    for template in (None, "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"):
+        without = copy.deepcopy(tokenizer)
+        without.chat_template = template
+        assert opening_of(without) == []
+
+
+def test_a_model_asks_itself_and_answers(dense, chatting):
+    model = load(dense, dtype="float32")
+    chats = [chat for some in own_chats(model, chatting, 40, seed=3) for chat in some]
+    assert 4 < len(chats) <= 40
+    for user, assistant in chats:
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
+        assert user["content"] and assistant["content"]
+    assert chats == [chat for some in own_chats(model, chatting, 40, seed=3) for chat in some]
+    assert chats != [chat for some in own_chats(model, chatting, 40, seed=4) for chat in some]
+    # A question that leaves no room for an answer is none.
+    model.config.max_position_embeddings = module._ANSWER_TOKENS
+    assert not any(own_chats(model, chatting, 40, seed=3))
+
+
+def test_chats_are_a_quarter_of_a_pass(chatting, text_file):
+    text = read_text([str(text_file)], chatting, seqlen=32)
+    chats = [
+        [
+            {"role": "user", "content": f"number {number} of the river"},
+            {"role": "assistant", "content": f"green stone {number} and light falls"},
+        ]
+        for number in range(12)
+    ]
+    found = with_chats(text, chats, chatting)
+    added = len(found.train) - len(text.train)
+    assert found.sources == text.sources | {OWN_CHATS: added}
+    assert added / len(found.train) == pytest.approx(0.25, abs=0.05)
+    assert len(found.held_out) > len(text.held_out)
+    # Only answers are learnt, and each is there as often as another.
+    label_NT = found.train.label_NT[len(text.train) :]
+    learnt = label_NT[label_NT != IGNORED]
+    whole = torch.cat([answer_tokens(chat, chatting) for chat in chats], dim=1)[1]
+    assert set(learnt.tolist()) <= set(whole.tolist()) - {IGNORED}
+    assert len(set(map(tuple, label_NT.tolist()))) < added
+    # Too little is nothing.
+    assert with_chats(text, [], chatting) is text
+
+
+def test_recovery_learns_from_them(saved, dense, tmp_path, text_file):
+    def run(out: Path, **more: Any) -> dict[str, Any]:
+        how = training(2, evaluations=1, **{"own_chats": 128, **more})
+        recover(saved, out, text_file, teacher=str(dense), training=how)
+        found: dict[str, Any] = read_json(out / "cfsp.json")["recovery"]
+        return found
+
+    whole, without = tmp_path / "whole", tmp_path / "without"
+    assert run(whole)["data"]["sources"][OWN_CHATS]
+    assert OWN_CHATS not in run(without, own_chats=0)["data"]["sources"]
+    # A killed run trains on those that it had written.
+    out = tmp_path / "killed"
+    stopped_at("cfsp.recovery.recover.train", run, out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cfsp.recovery.own_chats.own_chats", None)
+        again = run(out)
+    same = ("data", "history", "tokens")
+    assert {name: again[name] for name in same} == {
+        name: read_json(whole / "cfsp.json")["recovery"][name] for name in same
+    }
+
+
+def test_a_quarter_of_the_minutes_at_most(saved, dense, tmp_path, text_file, monkeypatch):
+    begun: list[int] = []
+
+    def slow(*_: Any) -> Any:
+        for number in range(100):
+            begun.append(number)
+            yield [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]]
+
+    monkeypatch.setattr("cfsp.recovery.own_chats.own_chats", slow)
+    monkeypatch.setattr("cfsp.recovery.own_chats._SHARE_OF_TIME", 0.0)
+    how = Training(Limit(minutes=1), batch_windows=4, seqlen=32, evaluations=1, own_chats=128)
+    recover(saved, tmp_path / "out", text_file, teacher=str(dense), training=how)
+    assert begun == [0]
