@@ -18,7 +18,6 @@ from cfsp.recovery.own_chats import opening_of, own_chats
 from cfsp.recovery.settings import Limit, Training
 from recovery.conftest import recover, training
 
-END = "<end>"
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}END{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant: {% endif %}"

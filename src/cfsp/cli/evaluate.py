@@ -21,12 +21,8 @@ from cfsp.quality.tasks.selection import DEFAULT_BATCH, TaskSelection
 from cfsp.settings import BOS, DEFAULT_QUESTIONS, Compute, EvaluationText, names_in
 from cfsp.text.sources import check_texts
 
-_WINDOWS = 12
-# What says how to measure something, by the option that asks for it, unless it is given.
-_USUAL_OF: dict[str, dict[str, Any]] = {
-    "data": {"windows": _WINDOWS, "seqlen": None, "bos": "auto"},
-    "tasks": dict.fromkeys(("limit", "shots", "task_data")),
-}
+# What says how to measure something, by the option that asks for it.
+_ABOUT = {"data": ("windows", "seqlen", "bos"), "tasks": ("limit", "shots", "task_data")}
 
 
 def add_options_to(parser: Parser) -> None:
@@ -48,9 +44,9 @@ def add_options_to(parser: Parser) -> None:
     text.add_argument(
         "--windows",
         type=_windows,
-        default=_WINDOWS,
+        default=12,
         metavar="N",
-        help=f"first N windows of each text, or all (default: {_WINDOWS})",
+        help="first N windows of each text, or all (default: 12)",
     )
     text.add_argument(
         "--seqlen",
@@ -103,9 +99,10 @@ def _add_tasks(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> Told:
     if not (args.data or args.tasks or args.answers):
         raise UsageError("expected --data, --tasks, --answers or several, found none")
-    for owner, usual in _USUAL_OF.items():
-        for name, value in usual.items():
-            if getattr(args, name) != value and not getattr(args, owner):
+    for owner, names in _ABOUT.items():
+        for name in names:
+            is_given = getattr(args, name) != args.parser.get_default(name)
+            if is_given and not getattr(args, owner):
                 raise UsageError(f"--{name.replace('_', '-')} is about --{owner}; add --{owner}")
     if args.tasks or args.answers:
         alone = "--tasks" if args.tasks else "--answers"

@@ -28,12 +28,11 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.errors import TextError, UsageError
 from cfsp.progress import item_progress
-from cfsp.quality.generation import Generator
+from cfsp.quality.generation import Generator, prompt_of
 from cfsp.quality.paired import as_json, per_count
 from cfsp.quality.perplexity import WindowSums, divergence_and_agreement
 from cfsp.quality.results_file import answer_measures
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
-from cfsp.text.records import templated
 from cfsp.text.sources import TextSource
 from cfsp.text.windows import Windows
 
@@ -90,10 +89,7 @@ class Questions:
             )
         prompts, room = [], longest_input_of(source.config)
         for number, (_, question) in enumerate(self.asked, start=1):
-            turn = [{"role": "user", "content": question}]
-            asked = {"add_generation_prompt": True, "enable_thinking": False}
-            text = templated(turn, tokenizer, number, **asked)
-            prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+            prompts.append(prompt_of(question, tokenizer, number))
             if room is not None and len(prompts[-1]) + ANSWER_TOKENS > room:
                 raise UsageError(
                     f"question {number} has {len(prompts[-1])} tokens and its answer up to "

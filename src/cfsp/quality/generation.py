@@ -14,6 +14,19 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from cfsp.checkpoint.turn_end import ends_in, turn_end
 from cfsp.streaming.decoder_end import text_model
+from cfsp.text.records import templated
+
+
+def prompt_of(question: str, tokenizer: PreTrainedTokenizerBase, number: int) -> list[int]:
+    """Return the tokens that ask a model a question, whose number errors name.
+
+    One that thinks first answers at once.
+    """
+    turn = [{"role": "user", "content": question}]
+    asked = {"add_generation_prompt": True, "enable_thinking": False}
+    text = templated(turn, tokenizer, number, **asked)
+    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokens
 
 
 class Generator:
@@ -47,9 +60,8 @@ class Generator:
 
     def first_logits(self, prompts: Sequence[list[int]]) -> torch.Tensor:
         """Return the logits [B, V] of the first token after each prompt."""
-        logits: torch.Tensor = self._generate(prompts, max_new_tokens=1, output_logits=True).logits[
-            0
-        ]
+        said = self._generate(prompts, max_new_tokens=1, output_logits=True)
+        logits: torch.Tensor = said.logits[0]
         return logits
 
     def continue_from(

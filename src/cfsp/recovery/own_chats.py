@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.checkpoint.turn_end import turn_end
 from cfsp.progress import item_progress
-from cfsp.quality.generation import Generator
+from cfsp.quality.generation import Generator, prompt_of
 from cfsp.recovery.data import with_chats
 from cfsp.recovery.prepare import Prepared
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
@@ -41,8 +41,11 @@ def with_own_chats(ready: Prepared, dense: PreTrainedModel, work_dir: WorkDir) -
     They take a quarter of the minutes at most, or what a first few take. Where an answer was cut
     off it says nothing about the end of one: only what the teacher thinks of it is to be learnt.
     """
-    training, tokenizer = ready.settings.training, load_tokenizer(ready.source.directory)
-    if not training.own_chats or training.teacher_weight < 1 or not opening_of(tokenizer):
+    training = ready.settings.training
+    if not training.own_chats or training.teacher_weight < 1:
+        return ready
+    tokenizer = load_tokenizer(ready.source.directory)
+    if not opening_of(tokenizer):
         return ready
     minutes = training.limit.minutes or math.inf
 
@@ -84,7 +87,7 @@ def own_chats(
             openings = [opening] * min(_AT_ONCE, count - start)
             asked = model.continue_from(openings, _QUESTION_TOKENS, **_ASKING)
             questions = {model.text_of(said) for said in asked if said[-1] in model.ends} - {""}
-            prompts = {question: _prompt(question, tokenizer) for question in sorted(questions)}
+            prompts = {each: prompt_of(each, tokenizer, 1) for each in sorted(questions)}
             if room is not None:
                 prompts = {q: p for q, p in prompts.items() if len(p) + _ANSWER_TOKENS <= room}
             said = model.continue_from([*prompts.values()], _ANSWER_TOKENS, **_ANSWERING)
@@ -99,10 +102,3 @@ def own_chats(
 
 def _asks(question: str) -> Conversation:
     return [{"role": "user", "content": question}]
-
-
-def _prompt(question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    asked = {"add_generation_prompt": True, "enable_thinking": False}
-    text = templated(_asks(question), tokenizer, 1, **asked)
-    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return tokens
