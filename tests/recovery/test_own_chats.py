@@ -106,7 +106,7 @@ def test_chats_are_a_quarter_of_a_pass(chatting, text_file):
 
 def test_recovery_learns_from_them(saved, dense, tmp_path, text_file):
     def run(out: Path, **more: Any) -> dict[str, Any]:
-        how = training(2, evaluations=1, **{"own_chats": 128, **more})
+        how = training(2, evaluations=1, **more)
         recover(saved, out, text_file, teacher=str(dense), training=how)
         found: dict[str, Any] = read_json(out / "cfsp.json")["recovery"]
         return found
@@ -136,6 +136,20 @@ def test_a_quarter_of_the_minutes_at_most(saved, dense, tmp_path, text_file, mon
 
     monkeypatch.setattr("cfsp.recovery.own_chats.own_chats", slow)
     monkeypatch.setattr("cfsp.recovery.own_chats._SHARE_OF_TIME", 0.0)
-    how = Training(Limit(minutes=1), batch_windows=4, seqlen=32, evaluations=1, own_chats=128)
+    how = Training(Limit(minutes=1), batch_windows=4, seqlen=32, evaluations=1)
     recover(saved, tmp_path / "out", text_file, teacher=str(dense), training=how)
     assert begun == [0]
+
+
+@pytest.mark.parametrize(("asked", "found"), [(128, 16), (3, 3)])
+def test_a_short_run_has_fewer(asked, found, saved, dense, tmp_path, text_file, monkeypatch):
+    begun: list[int] = []
+
+    def none(model: Any, tokenizer: Any, count: int, seed: int) -> Any:
+        begun.append(count)
+        yield []
+
+    monkeypatch.setattr("cfsp.recovery.own_chats.own_chats", none)
+    how = training(2, evaluations=1, own_chats=asked)  # of four windows each
+    recover(saved, tmp_path / "out", text_file, teacher=str(dense), training=how)
+    assert begun == [found]

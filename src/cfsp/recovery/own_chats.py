@@ -33,13 +33,15 @@ _ASKING: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 50}
 _ANSWERING = _ASKING | {"temperature": 0.7}
 _MARK = "river"
 _SHARE_OF_TIME = 0.25
+_FOR_EACH_WINDOW = 2  # some five fill one, and they are a quarter of the windows
 
 
 def with_own_chats(ready: Prepared, dense: PreTrainedModel, work_dir: WorkDir) -> Prepared:
     """Return the same with chats that the dense model writes, if it has a template for them.
 
-    They take a quarter of the minutes at most, or what a first few take. Where an answer was cut
-    off it says nothing about the end of one: only what the teacher thinks of it is to be learnt.
+    They take a quarter of the minutes at most, or what the first few take; a short run has fewer.
+    Where an answer was cut off it says nothing about the end of one: only what the teacher thinks
+    of it is to be learnt.
     """
     training = ready.settings.training
     if not training.own_chats or training.teacher_weight < 1:
@@ -47,13 +49,18 @@ def with_own_chats(ready: Prepared, dense: PreTrainedModel, work_dir: WorkDir) -
     tokenizer = load_tokenizer(ready.source.directory)
     if not opening_of(tokenizer):
         return ready
-    minutes = training.limit.minutes or math.inf
+    minutes, in_step = training.limit.minutes or math.inf, training.windows_in_step
+    windows = in_step * training.limit.in_steps(len(ready.text.train), in_step)
+    count = min(training.own_chats, _FOR_EACH_WINDOW * windows)
 
     def write() -> dict[str, Any]:
         chats: list[Conversation] = []
-        for some in own_chats(dense, tokenizer, training.own_chats, training.seed):
+        begun = time.monotonic()
+        some_at_once = own_chats(dense, tokenizer, count, training.seed)
+        for done, some in enumerate(some_at_once, start=1):
             chats += some
-            if time.monotonic() - ready.started > _SHARE_OF_TIME * 60 * minutes:
+            with_next = (time.monotonic() - begun) * (done + 1) / done
+            if with_next > _SHARE_OF_TIME * 60 * minutes:
                 break
         return {"chats": chats}
 

@@ -139,9 +139,9 @@ class Training(Declared):
     )
     bos: Bos = option("auto", BOS_HELP, choices=BOS, advanced=True)
     own_chats: int = option(
-        0,
-        "chats that the dense model begins, such as 128, to be learnt from beside the text where "
-        "it has a chat template: its answers come nearer",
+        128,
+        "chats that the dense model begins, to be learnt from beside the text where it has a chat "
+        "template and teaches alone, in one process; at most two for each window of the run",
         kind=int,
         least=0,
         most=MOST_WINDOWS,
