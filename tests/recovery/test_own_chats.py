@@ -104,7 +104,9 @@ def test_chats_are_a_quarter_of_a_pass(chatting, text_file):
     assert with_chats(text, [], chatting) is text
 
 
-def test_recovery_learns_from_them(saved, dense, tmp_path, text_file):
+def test_recovery_learns_from_them(saved, dense, tmp_path, text_file, monkeypatch):
+    monkeypatch.setattr("cfsp.recovery.own_chats._LEAST_WINDOWS", 1)
+
     def run(out: Path, **more: Any) -> dict[str, Any]:
         how = training(2, evaluations=1, **more)
         recover(saved, out, text_file, teacher=str(dense), training=how)
@@ -126,7 +128,9 @@ def test_recovery_learns_from_them(saved, dense, tmp_path, text_file):
     }
 
 
-def test_a_quarter_of_the_minutes_at_most(saved, dense, tmp_path, text_file, monkeypatch):
+def test_none_where_all_take_more_than_a_quarter_of_the_minutes(
+    saved, dense, tmp_path, text_file, monkeypatch
+):
     begun: list[int] = []
 
     def slow(*_: Any) -> Any:
@@ -139,10 +143,11 @@ def test_a_quarter_of_the_minutes_at_most(saved, dense, tmp_path, text_file, mon
     how = Training(Limit(minutes=1), batch_windows=4, seqlen=32, evaluations=1)
     recover(saved, tmp_path / "out", text_file, teacher=str(dense), training=how)
     assert begun == [0]
+    assert OWN_CHATS not in read_json(tmp_path / "out" / "cfsp.json")["recovery"]["data"]["sources"]
 
 
-@pytest.mark.parametrize(("asked", "found"), [(128, 16), (3, 3)])
-def test_a_short_run_has_fewer(asked, found, saved, dense, tmp_path, text_file, monkeypatch):
+@pytest.mark.parametrize(("windows", "found"), [(8, [128]), (9, [])])
+def test_a_short_run_has_none(windows, found, saved, dense, tmp_path, text_file, monkeypatch):
     begun: list[int] = []
 
     def none(model: Any, tokenizer: Any, count: int, seed: int) -> Any:
@@ -150,6 +155,7 @@ def test_a_short_run_has_fewer(asked, found, saved, dense, tmp_path, text_file, 
         yield []
 
     monkeypatch.setattr("cfsp.recovery.own_chats.own_chats", none)
-    how = training(2, evaluations=1, own_chats=asked)  # of four windows each
+    monkeypatch.setattr("cfsp.recovery.own_chats._LEAST_WINDOWS", windows)
+    how = training(2, evaluations=1)  # of four windows each
     recover(saved, tmp_path / "out", text_file, teacher=str(dense), training=how)
-    assert begun == [found]
+    assert begun == found

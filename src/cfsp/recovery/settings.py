@@ -141,7 +141,7 @@ class Training(Declared):
     own_chats: int = option(
         128,
         "chats that the dense model begins, to be learnt from beside the text where it has a chat "
-        "template and teaches alone, in one process; at most two for each window of the run",
+        "template and teaches alone, in one process, and the run is long enough",
         kind=int,
         least=0,
         most=MOST_WINDOWS,
