@@ -46,12 +46,12 @@ def with_own_chats(ready: Prepared, dense: PreTrainedModel, work_dir: WorkDir) -
     training = ready.settings.training
     if not training.own_chats or training.teacher_weight < 1:
         return ready
-    tokenizer = load_tokenizer(ready.source.directory)
-    if not opening_of(tokenizer):
-        return ready
     minutes, in_step = training.limit.minutes or math.inf, training.windows_in_step
     windows = in_step * training.limit.in_steps(len(ready.text.train), in_step)
     if windows < _LEAST_WINDOWS:
+        return ready
+    tokenizer = load_tokenizer(ready.source.directory)
+    if not opening_of(tokenizer):
         return ready
 
     def write() -> dict[str, Any]:
