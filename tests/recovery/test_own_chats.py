@@ -11,6 +11,7 @@ from transformers import AddedToken
 
 from builders import read_json, stopped_at
 from cfsp.checkpoint.loading import load
+from cfsp.quality.generation import Generator
 from cfsp.recovery import own_chats as module
 from cfsp.recovery.data import OWN_CHATS, answer_tokens, read_text, with_chats
 from cfsp.recovery.loss import IGNORED
@@ -68,16 +69,16 @@ def test_a_template_opens_a_turn_where_a_token_ends_it(tokenizer, chatting):
 
 def test_a_model_asks_itself_and_answers(dense, chatting):
     model = load(dense, dtype="float32")
-    chats = [chat for some in own_chats(model, chatting, 40, seed=3) for chat in some]
+    chats = own_chats(model, chatting, 40, seed=3)
     assert 4 < len(chats) <= 40
     for user, assistant in chats:
         assert (user["role"], assistant["role"]) == ("user", "assistant")
         assert user["content"] and assistant["content"]
-    assert chats == [chat for some in own_chats(model, chatting, 40, seed=3) for chat in some]
-    assert chats != [chat for some in own_chats(model, chatting, 40, seed=4) for chat in some]
+    assert chats == own_chats(model, chatting, 40, seed=3)
+    assert chats != own_chats(model, chatting, 40, seed=4)
     # A question that leaves no room for an answer is none.
     model.config.max_position_embeddings = module._ANSWER_TOKENS
-    assert not any(own_chats(model, chatting, 40, seed=3))
+    assert own_chats(model, chatting, 40, seed=3) == []
 
 
 def test_chats_are_a_quarter_of_a_pass(chatting, text_file):
@@ -128,31 +129,36 @@ def test_recovery_learns_from_them(saved, dense, tmp_path, text_file, monkeypatc
     }
 
 
-def test_none_where_all_take_more_than_a_quarter_of_the_minutes(
-    saved, dense, tmp_path, text_file, monkeypatch
-):
-    begun: list[int] = []
+def test_a_model_that_is_too_slow_writes_none_and_stops_early(dense, chatting, monkeypatch):
+    model, said = load(dense, dtype="float32"), []
 
-    def slow(*_: Any) -> Any:
-        for number in range(100):
-            begun.append(number)
-            yield [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]]
+    def continue_from(self: Any, *args: Any, **how: Any) -> Any:
+        said.append(original(self, *args, **how))
+        return said[-1]
 
-    monkeypatch.setattr("cfsp.recovery.own_chats.own_chats", slow)
-    monkeypatch.setattr("cfsp.recovery.own_chats._SHARE_OF_TIME", 0.0)
+    original = Generator.continue_from
+    monkeypatch.setattr(Generator, "continue_from", continue_from)
+    assert own_chats(model, chatting, 40, seed=3, seconds=1e-6) == []
+    assert {len(tokens) for some in said for tokens in some} == {1}
+
+
+def test_they_have_a_quarter_of_the_minutes(saved, dense, tmp_path, text_file, monkeypatch):
+    def own_chats(model: Any, tokenizer: Any, count: int, seed: int, seconds: float) -> Any:
+        raise LookupError(f"{count} chats in {seconds} seconds")
+
+    monkeypatch.setattr("cfsp.recovery.own_chats.own_chats", own_chats)
     how = Training(Limit(minutes=1), batch_windows=4, seqlen=32, evaluations=1)
-    recover(saved, tmp_path / "out", text_file, teacher=str(dense), training=how)
-    assert begun == [0]
-    assert OWN_CHATS not in read_json(tmp_path / "out" / "cfsp.json")["recovery"]["data"]["sources"]
+    with pytest.raises(LookupError, match=r"^128 chats in 15\.0 seconds$"):
+        recover(saved, tmp_path / "out", text_file, teacher=str(dense), training=how)
 
 
 @pytest.mark.parametrize(("windows", "found"), [(8, [128]), (9, [])])
 def test_a_short_run_has_none(windows, found, saved, dense, tmp_path, text_file, monkeypatch):
     begun: list[int] = []
 
-    def none(model: Any, tokenizer: Any, count: int, seed: int) -> Any:
+    def none(model: Any, tokenizer: Any, count: int, seed: int, seconds: float) -> Any:
         begun.append(count)
-        yield []
+        return []
 
     monkeypatch.setattr("cfsp.recovery.own_chats.own_chats", none)
     monkeypatch.setattr("cfsp.recovery.own_chats._LEAST_WINDOWS", windows)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -39,31 +38,24 @@ _LEAST_WINDOWS = 96  # 48 steps of two were measured to win by chats, 32 were no
 def with_own_chats(ready: Prepared, dense: PreTrainedModel, work_dir: WorkDir) -> Prepared:
     """Return the same with chats that the dense model writes, if it has a template for them.
 
-    None where a run has few windows, or few minutes: where they would take more than a quarter.
+    None where a run has few windows, or where they would take more than a quarter of its minutes.
     Where an answer was cut off it says nothing about the end of one: only what the teacher thinks
     of it is to be learnt.
     """
     training = ready.settings.training
     if not training.own_chats or training.teacher_weight < 1:
         return ready
-    minutes, in_step = training.limit.minutes or math.inf, training.windows_in_step
+    in_step = training.windows_in_step
     windows = in_step * training.limit.in_steps(len(ready.text.train), in_step)
     if windows < _LEAST_WINDOWS:
         return ready
     tokenizer = load_tokenizer(ready.source.directory)
     if not opening_of(tokenizer):
         return ready
+    seconds = _SHARE_OF_TIME * 60 * (training.limit.minutes or math.inf)
 
     def write() -> dict[str, Any]:
-        chats: list[Conversation] = []
-        begun = time.monotonic()
-        some_at_once = own_chats(dense, tokenizer, training.own_chats, training.seed)
-        for done, some in enumerate(some_at_once, start=1):
-            chats += some
-            share = min(1.0, done * _AT_ONCE / training.own_chats)
-            if (time.monotonic() - begun) / share > _SHARE_OF_TIME * 60 * minutes:
-                return {"chats": []}
-        return {"chats": chats}
+        return {"chats": own_chats(dense, tokenizer, training.own_chats, training.seed, seconds)}
 
     with ready.watch.stage("chats"):
         kept = load_or_compute(work_dir, "chats", write)["chats"]
@@ -81,31 +73,46 @@ def opening_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def own_chats(
-    whole: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, seed: int
-) -> Iterator[list[Conversation]]:
-    """Yield the chats that a model writes, some at a time; it begins so many.
+    whole: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    seed: int,
+    seconds: float = math.inf,
+) -> list[Conversation]:
+    """Return the chats that a model writes; it begins so many.
 
-    Those are left out whose question is empty, does not end, or is too long to be answered.
+    Those are left out whose question is empty, does not end, or is too long to be answered. It
+    stops, with none, as soon as a part of them took more than that part of the seconds.
     """
     model = Generator(whole, tokenizer, turn_end(tokenizer, ("user",)))
     opening, room = opening_of(tokenizer), longest_input_of(whole.config)
     torch.manual_seed(seed)
+    chats: list[Conversation] = []
+    begun = time.monotonic()
     with item_progress("chats of the dense model", count, "chat") as bar:
         for start in range(0, count, _AT_ONCE):
             openings = [opening] * min(_AT_ONCE, count - start)
-            asked = model.continue_from(openings, _QUESTION_TOKENS, **_ASKING)
+            due = begun + seconds * (start + len(openings)) / count
+            left = due - time.monotonic()
+            asked = model.continue_from(openings, _QUESTION_TOKENS, max_time=left, **_ASKING)
             questions = {model.text_of(said) for said in asked if said[-1] in model.ends} - {""}
             prompts = {each: prompt_of(each, tokenizer, 1) for each in sorted(questions)}
             if room is not None:
                 prompts = {q: p for q, p in prompts.items() if len(p) + _ANSWER_TOKENS <= room}
-            said = model.continue_from([*prompts.values()], _ANSWER_TOKENS, **_ANSWERING)
+            left = due - time.monotonic()
+            said = model.continue_from(
+                [*prompts.values()], _ANSWER_TOKENS, max_time=left, **_ANSWERING
+            )
+            if time.monotonic() > due:
+                return []
             answers = map(model.text_of, said)
-            yield [
+            chats += [
                 [*_asks(question), {"role": "assistant", "content": answer}]
                 for question, answer in zip(prompts, answers, strict=True)
                 if answer
             ]
             bar.update(len(openings))
+    return chats
 
 
 def _asks(question: str) -> Conversation:
