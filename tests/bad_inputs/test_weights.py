@@ -225,6 +225,7 @@ CONFIGS = [
         ("gives a width for 'moe' of block 0, which the model does", width({"0": {"moe": 8}})),
         ("gives block 0 'x' FFN channels, expected 1 to ", width({"0": {"mlp": "x"}})),
         ("is not a usable llama config: kv_groups is [1, 2]", config("pruned", kv_groups=[1, 2])),
+        ("is not a usable llama config: ", config("pruned", num_hidden_layers=[2])),
         ("kv_groups speaks of a block 'x'", config("pruned", kv_groups={"x": {"self_attn": 1}})),
     ),
     BadInput(

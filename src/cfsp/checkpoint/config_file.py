@@ -211,7 +211,8 @@ def _check_numbers(path: Path, fields: dict[str, Any]) -> None:
     if not isinstance(classes, list) or not all(isinstance(each, str) for each in classes):
         named = str(classes)[:40]
         raise _unusable(path, fields, f"architectures is {named}, expected names of classes")
-    blocks = fields.get("num_hidden_layers", fields.get("n_layer")) or _MOST_BLOCKS
+    blocks = fields.get("num_hidden_layers", fields.get("n_layer"))
+    blocks = blocks if type(blocks) is int else _MOST_BLOCKS
     # Keys are block numbers; transformers makes a config for each of them.
     for name in (PER_LAYER_CONFIG, FFN_WIDTHS, KV_GROUPS):
         entries = fields.get(name) or {}

@@ -13,7 +13,6 @@ import hashlib
 import inspect
 import os
 import shutil
-import sys
 import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
@@ -45,8 +44,6 @@ PER_LAYER_CONFIG = "per_layer_config"
 FFN_WIDTHS = "ffn_widths"
 # That which gives every attention a number of KV groups of its own: 0 where there is none.
 KV_GROUPS = "kv_groups"
-
-_CHOOSES_EXPERTS = "@use_experts_implementation"
 
 _TEMPLATES = Environment(
     loader=PackageLoader("cfsp", "checkpoint"), undefined=StrictUndefined, trim_blocks=True
@@ -110,7 +107,7 @@ class ModelingFile:
             parts=self.parts,
             key=self.width_key,
             of_transformers=stock.__module__.startswith("transformers."),
-            chooses_experts=_CHOOSES_EXPERTS in _source_of(stock),
+            chooses_experts=stock._can_set_experts_implementation(),
             **self._places(),
         )
         return text.rstrip() + "\n"
@@ -171,11 +168,3 @@ def _modules_cache() -> Path:
     atexit.register(shutil.rmtree, own, ignore_errors=True)
     dynamic_module_utils.HF_MODULES_CACHE = own
     return Path(own)
-
-
-def _source_of(model_class: type[PreTrainedModel]) -> str:
-    """Return the text of the file that a class is in; empty if there is none."""
-    try:
-        return inspect.getsource(sys.modules[model_class.__module__])
-    except (OSError, TypeError):
-        return ""
