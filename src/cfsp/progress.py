@@ -97,19 +97,13 @@ def library_progress() -> Iterator[None]:
     if sys.stderr.isatty():
         yield
         return
-    with without_library_bars(), redirect_stderr(io.StringIO()):
-        yield
-
-
-@contextmanager
-def without_library_bars() -> Iterator[None]:
-    """Switch transformers' own bars off, such as one for each checkpoint that is saved."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         if enabled:
             logging.enable_progress_bar()

@@ -23,7 +23,7 @@ from cfsp.recovery.settings import AUTO_TEACHER, RecoverSettings, Training
 from cfsp.result.manifest import read_manifest
 from cfsp.result.prune_report import PruneReport
 from cfsp.selection.goal import held_out_windows
-from cfsp.settings import Compute, MaxLossIncrease, PruneSettings
+from cfsp.settings import MaxLossIncrease, PruneSettings
 from cfsp.streaming.work_dir import directory_of_process, remove_finished_work, unfinished_in
 from cfsp.text.drawing import draw_text
 from cfsp.text.sources import name_of
@@ -65,7 +65,7 @@ def prune_and_recover(
         teacher=AUTO_TEACHER,
         evaluation=settings.evaluation,
         # Training in float16 overflows.
-        compute=Compute(compute.device, compute.dtype if compute.dtype != "float16" else "auto"),
+        compute=replace(compute, dtype="auto") if compute.dtype == "float16" else compute,
     )
     step = "sequential repair" if settings.repairs else "no repair"
     pruned = out.with_name(f"{out.name}-pruned")

@@ -123,7 +123,7 @@ def test_answers_are_greedy_and_padding_changes_none(models, tokenizer, monkeypa
     assert found[0]["tokens"] == expected[0][: stop + 1] and found[0]["stops"]
     for each, its in zip(found, expected, strict=True):
         assert each["tokens"] == its[: len(each["tokens"])]
-    monkeypatch.setattr(answers, "_MOST_OF_PADDING", -1.0)  # one question at a time
+    monkeypatch.setattr("cfsp.quality.generation._MOST_OF_PADDING", -1.0)  # one question at a time
     model.generation_config = GenerationConfig(eos_token_id=[1, expected[0][3]])
     assert ask(model) == found
 

@@ -142,6 +142,11 @@ def test_a_model_that_is_too_slow_writes_none_and_stops_early(dense, chatting, m
     assert {len(tokens) for some in said for tokens in some} == {1}
 
 
+def test_a_model_that_padding_disturbs_writes_none(dense, chatting, monkeypatch):
+    monkeypatch.setattr("cfsp.quality.generation._MOST_OF_PADDING", -1.0)
+    assert own_chats(load(dense, dtype="float32"), chatting, 8, seed=3) == []
+
+
 def test_they_have_a_quarter_of_the_minutes(saved, dense, tmp_path, text_file, monkeypatch):
     def own_chats(model: Any, tokenizer: Any, count: int, seed: int, seconds: float) -> Any:
         raise LookupError(f"{count} chats in {seconds} seconds")

@@ -42,7 +42,8 @@ def test_numbers_have_their_conditions(run, text_file):
     entry = measured(str(text_file), 10.0, 12.5, seqlen=1024, bos=True)
     text = card_of(run, Origin("x", "owner/name", "owner/name"), perplexity=entry)
     name = f"| `{text_file.name}` | "  # no local path
-    row = f"{name}12 windows of 1,024 tokens, with BOS; this text made the model | 10.00 | 12.50 |"
+    how = "12 windows of 1,024 tokens, with BOS; calibrated or trained on this text"
+    row = f"{name}{how} | 10.00 | 12.50 |"
     assert row in text and "base_model: owner/name" in text
 
 
@@ -81,7 +82,7 @@ def test_what_made_the_model_before_made_this_one(run, text_file, tmp_path):
     assert f"`run` itself was calibrated or trained on {text_file.name}." in card
     entry = measured(str(text_file), 10.0, 12.5)
     card = card_of(again, Origin("x"), perplexity=entry)
-    assert "; this text made the model |" in card
+    assert "; calibrated or trained on this text |" in card
     assert "| original | pruned |" in card and "| dense |" not in card
 
 

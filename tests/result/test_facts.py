@@ -78,14 +78,14 @@ def test_conditions_in_words(entry, words):
 @pytest.mark.parametrize(
     ("text", "evaluation_part", "words"),
     [
-        ("mine.txt", False, "; this text made the model"),
-        ("mixed", True, "; other parts of this text made the model"),
-        ("mixed/books", True, "; other parts of this text made the model"),
-        ("python-docs", True, "; other parts of this text made other"),
+        ("mine.txt", False, "; calibrated or trained on this text"),
+        ("mixed", True, "; calibrated or trained on other parts of this text"),
+        ("mixed/books", True, "; calibrated or trained on other parts of this text"),
+        ("python-docs", True, "; other calibrated or trained on other parts of this text"),
         ("c4", True, ""),
-        ("./mine.txt", False, "; this text made the model"),
+        ("./mine.txt", False, "; calibrated or trained on this text"),
         ("mine.txt:title", False, ""),
-        ("wikitext2", True, "; this text made other"),
+        ("wikitext2", True, "; other calibrated or trained on this text"),
     ],
 )
 def test_conditions_say_whether_the_text_made_the_model(text, evaluation_part, words):
@@ -124,6 +124,8 @@ def test_no_path_of_a_command_is_public():
     typed = "cfsp prune meta/name --data mixed/books --data '/my disk/a.jsonl:x' --out=../b/c"
     public = "cfsp prune meta/name --data mixed/books --data 'a.jsonl:x' --out=c"
     assert public_command(typed) == public
+    typed = "cfsp prune meta/name --data /home/me/a,b.txt --out clients/acme"
+    assert public_command(typed) == "cfsp prune meta/name --data a,b.txt --out acme"
     assert public_command("cfsp.recover('/home/me/model', ...)") == "cfsp.recover('model', ...)"
     assert public_name("mixed/books") == "mixed/books" and public_name("/a/b.txt") == "b.txt"
 
@@ -142,7 +144,7 @@ def test_numbers_of_the_manifest_are_in_the_facts(run, text_file):
     (row,) = tables["Perplexity"]
     assert [c.value for c in row.cells] == [f"{value[side]:.2f}" for side in ("before", "after")]
     assert row.name.endswith(f"/{text_file.name}") and row.hint == "62 predicted tokens"
-    assert row.detail.endswith("without BOS; this text made the model")
+    assert row.detail.endswith("without BOS; calibrated or trained on this text")
 
 
 def test_every_part_that_lost_something_is_a_fact():
@@ -285,7 +287,7 @@ def test_only_equal_conditions_are_compared(run, tmp_path):
     assert values == ["79.19", "111.86", NOTHING, NOTHING, NOTHING, "34.21"]
     assert [cell.note for row in rows for cell in row.cells] == ["", f"{TIMES} 1.41", *4 * [""]]
     assert [row.detail for row in rows] == [
-        f"12 windows of {tokens} tokens, without BOS; this text made recovered"
+        f"12 windows of {tokens} tokens, without BOS; recovered calibrated or trained on this text"
         for tokens in ("512", "1,024")
     ]
     assert pareto_chart(runs) is None

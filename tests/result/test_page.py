@@ -214,7 +214,7 @@ def results(run, text_file, tmp_path_factory) -> Path:
 
 def test_pairs_with_the_original(run, results, tmp_path):
     words = words_of(rendered([run], tmp_path, results))
-    how = "3 windows of 24 tokens, without BOS; this text made the model"
+    how = "3 windows of 24 tokens, without BOS; calibrated or trained on this text"
     assert re.search(rf"KL per token, nats, \S+ {how} {NOTHING} \d\.\d+ ± \d\.\d+", words)
     assert re.search(rf"top-1 agreement, percent, \S+ {how} {NOTHING} \d+\.\d ± ", words)
 

@@ -87,7 +87,16 @@ def _print_workload(comparison: Comparison, workload: Workload) -> None:
                     *_ratios(speed),
                 )
             )
-    head = ("phase, model", "tokens/s", "range", "first token", "ratio", "range", "ideal", "of it")
+    head = (
+        "phase, model",
+        "tokens/s",
+        "range",
+        "first token",
+        "ratio",
+        "range",
+        "ideal",
+        "of ideal",
+    )
     print_table(head, rows)
 
 

@@ -29,8 +29,8 @@ _OF_PREDICTIONS: tuple[Measure, ...] = (
 _OF_TEXTS = (_LOSS, *_OF_PREDICTIONS)
 _OF_ANSWERS: tuple[Measure, ...] = (
     *_OF_PREDICTIONS,
-    ("stop, %", "stops", 1, 100),
-    ("loop, %", "loops", 1, 100),
+    ("answers that end, %", "stops", 1, 100),
+    ("answers that loop, %", "loops", 1, 100),
     ("first tokens alike", "alike", 1, 1),
 )
 

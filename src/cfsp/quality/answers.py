@@ -30,7 +30,7 @@ from cfsp.errors import TextError, UsageError
 from cfsp.progress import item_progress
 from cfsp.quality.generation import Generator, prompt_of
 from cfsp.quality.paired import as_json, per_count
-from cfsp.quality.perplexity import WindowSums, divergence_and_agreement
+from cfsp.quality.perplexity import WindowSums
 from cfsp.quality.results_file import answer_measures
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
 from cfsp.text.sources import TextSource
@@ -40,8 +40,6 @@ _FILE = Path(__file__).with_name("questions.jsonl")
 _BATCH = 32
 ANSWER_TOKENS = 96  # at most
 _LOOP_TOKENS, _LOOP_TIMES = 4, 4  # a loop is a sequence of so many tokens that comes so many times
-# KL in nats between a question alone and padded, by rounding: 2e-7 in float32, 0.01 in bfloat16.
-_MOST_OF_PADDING, _MOST_IN_HALF = 1e-3, 0.1
 
 # A model with its tokenizer, which are loaded where they are needed.
 Whole = Callable[[], tuple["PreTrainedModel", "PreTrainedTokenizerBase"]]
@@ -144,12 +142,7 @@ class _Answering:
         prompts: Sequence[list[int]],
     ) -> None:
         self._model = Generator(whole, tokenizer)
-        # Padded like the longest question, the shortest must be read as it is alone.
-        few = [min(prompts, key=len), max(prompts, key=len)]
-        alone_1V, padded_2V = map(self._model.first_logits, (few[:1], few))
-        off, _ = divergence_and_agreement(padded_2V[:1], alone_1V)
-        most = _MOST_OF_PADDING if self._model.dtype == torch.float32 else _MOST_IN_HALF
-        self._batch = _BATCH if off < most else 1
+        self._batch = _BATCH if self._model.reads_padded(prompts) else 1
 
     def answers(self, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
         """Return the answers to some questions, each up to and with the end of its turn."""

@@ -82,7 +82,8 @@ def own_chats(
     """Return the chats that a model writes; it begins so many.
 
     Those are left out whose question is empty, does not end, or is too long to be answered. It
-    stops, with none, as soon as a part of them took more than that part of the seconds.
+    stops, with none, as soon as a part of them took more than that part of the seconds, and where
+    it reads a question otherwise beside a longer one.
     """
     model = Generator(whole, tokenizer, turn_end(tokenizer, ("user",)))
     opening, room = opening_of(tokenizer), longest_input_of(whole.config)
@@ -99,6 +100,8 @@ def own_chats(
             prompts = {each: prompt_of(each, tokenizer, 1) for each in sorted(questions)}
             if room is not None:
                 prompts = {q: p for q, p in prompts.items() if len(p) + _ANSWER_TOKENS <= room}
+            if prompts and not model.reads_padded([*prompts.values()]):
+                return []
             left = due - time.monotonic()
             said = model.continue_from(
                 [*prompts.values()], _ANSWER_TOKENS, max_time=left, **_ANSWERING

@@ -47,7 +47,6 @@ from cfsp.architecture.found import Architecture
 from cfsp.checkpoint.output import cannot_write
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.processes import is_first_process, naming_lost_processes, process_count
-from cfsp.progress import without_library_bars
 from cfsp.recovery.data import RecoveryText
 from cfsp.recovery.loss import IGNORED, ModelLoss, diverged
 from cfsp.recovery.prepare import Prepared
@@ -273,7 +272,7 @@ def train(adapted: Any, ready: Prepared, schedule: Schedule, loss: ModelLoss) ->
     pace = Pace(schedule, work)
     adapted.config.use_cache = False
     adapted.main_input_name = "input_ids"  # of which the Trainer counts tokens
-    with without_library_bars(), _as_it_was():
+    with _as_it_was():
         arguments = training_arguments(training, directory, steps, adapted, begins=last is None)
         trainer = RecoveryTrainer(adapted, arguments, ready.text, pace, loss)
         with naming_lost_processes():

@@ -73,7 +73,7 @@ class Conditions:
         )
 
     def beside(self, models: Mapping[str, Mapping[str, Any]]) -> str:
-        """Return all but the text, and which models it made, given their manifests by name."""
+        """Return all but the text, and which models have read it, given their manifests by name."""
         measured = identity_of(self.text, "evaluation")
         known = {measured, *map(identity_of, (self.text, *parts_of(self.text)))}
         read = {name: {*map(identity_of, texts_that_made(each))} for name, each in models.items()}
@@ -83,9 +83,8 @@ class Conditions:
         # Under another name somebody may have read what others hold out.
         is_apart = measured == identity_of(self.text) or not any(measured in read[m] for m in made)
         text = "other parts of this text" if self.evaluation_part and is_apart else "this text"
-        return (
-            f"{self}; {text} made {' and '.join(made) if len(made) < len(models) else 'the model'}"
-        )
+        who = f"{' and '.join(made)} " if len(made) < len(models) else ""
+        return f"{self}; {who}calibrated or trained on {text}"
 
     def __str__(self) -> str:
         """Return all but the text: `12 windows of 1,024 tokens, with BOS`."""

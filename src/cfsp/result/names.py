@@ -39,8 +39,9 @@ def public_name(name: str) -> str:
 
 
 def public_command(command: str) -> str:
-    """Return a command with the public name of every path in it."""
-    return re.sub(r"'([^']+)'|[^\s'\"=(),]+", _public_word, " ".join(command.split()))
+    """Return a command with the public name of every path in it, as what it writes always is."""
+    plain = re.sub(r"(--out[ =])[^\s']*/", r"\1", " ".join(command.split()))
+    return re.sub(r"'([^']+)'|[^\s'\"=()]+", _public_word, plain)
 
 
 def _public_word(word: re.Match[str]) -> str:

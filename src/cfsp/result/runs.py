@@ -73,7 +73,7 @@ Sides = Mapping[str, Mapping[str, Any]]
 # A question with its kind and an answer, as `cfsp.quality.answers` has it.
 Document = Mapping[str, Any]
 
-# Of the models that the demonstration and sweeps time.
+# Of the models that the demonstration times.
 _SIDES = {"dense": "before", "pruned": "after"}
 
 
@@ -166,7 +166,7 @@ def read_run(directory: Path) -> RunFacts:
             *size_facts(manifest, weights),
             *perplexity_facts(manifest),
             *_comparison_facts(manifest.get("comparison") or {}, manifest.get("perplexity") or {}),
-            # Where the demonstration or a sweep has put it.
+            # Where the demonstration has put it.
             *(_speed_facts(speed[0], {_SIDES[m["model"]]: m for m in speed}) if speed else []),
         ]
         return RunFacts(directory.resolve().name, directory, manifest, joined(facts), plan)

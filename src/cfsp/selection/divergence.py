@@ -183,7 +183,9 @@ class MaskedModel:
             yield
 
     def note_entering(self, dropped: Dropped) -> None:
-        """Note what enters every block when some are gone."""
+        """Note what enters every block when some are gone, if a pass can begin there."""
+        if not self._resumes:
+            return
         with torch.inference_mode(), self._without(dropped, {}):
             for index, dense in enumerate(self._dense):
                 with hidden_states_entering(self._blocks) as entering_L:

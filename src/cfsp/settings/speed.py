@@ -35,5 +35,5 @@ class TimingConditions(Declared):
 
     warmups: int = 2  # untimed runs of each workload before the rounds
     rounds: int = option(7, "timed runs of each model, in turns", kind=int, least=1)
-    device: str = option("cpu", "cpu, cuda, mps, auto")
+    device: str = option("auto", "cpu, cuda, mps, or auto: cuda where there is one")
     dtype: str = option("auto", "what to compute in", choices=DTYPES, default=AUTO_DTYPE)

@@ -150,7 +150,8 @@ class Engine:
     """A loaded model that generates greedily, step by step."""
 
     def __init__(self, subject: Subject, conditions: TimingConditions) -> None:
-        self._device = compute_device(conditions.device, float64=False)
+        # MPS, where nothing else is computed, is timed if it is asked for.
+        self._device = compute_device(conditions.device, float64=conditions.device == "auto")
         self._model, self.footprint = build_model(subject, conditions.dtype, self._device)
         self._forward: Any = text_model(self._model)
         self._cache_argument = cache_argument(self._forward)

@@ -45,6 +45,7 @@ class HiddenStates:
     ) -> None:
         self.shape_NTD, self.nbytes = shape_NTD, math.prod(shape_NTD) * dtype.itemsize
         self._hidden_NTD = torch.empty(shape_NTD, dtype=dtype, pin_memory=pinned)
+        self._source = self._target = _FILES[0]
         self._directory, self._saved = directory, saved
         if saved is not None:
             assert directory is not None
@@ -54,15 +55,16 @@ class HiddenStates:
 
     def read(self, batch: Rows) -> Tensor:
         """Return the windows of a batch, BTD; to be used before they are written."""
-        return self._hidden_NTD[batch]
+        return self._view(self._source)[batch]
 
     def write(self, batch: slice, hidden_BTD: Tensor) -> None:
         """Set the windows of a batch, from any device."""
-        self._hidden_NTD[batch] = hidden_BTD
+        self._view(self._target)[batch] = hidden_BTD
+        self.forget(batch)
 
     def read_written(self, batch: Rows) -> Tensor:
         """Return the windows of a batch as written in this block, before `swap_buffers`."""
-        return self._hidden_NTD[batch]
+        return self._view(self._target)[batch]
 
     def forget(self, batch: slice) -> None:
         """Let the memory of a batch go where a file has it; it can be read again."""
@@ -83,6 +85,10 @@ class HiddenStates:
             do = "free the disk or take fewer windows"
             raise _no_room(self._directory, self.nbytes, error, do) from error
         return self._saved
+
+    def _view(self, name: str) -> Tensor:
+        """Return all windows, of one of two files where there are some."""
+        return self._hidden_NTD
 
     def _bytes(self) -> memoryview:
         return self._hidden_NTD.view(-1).view(torch.uint8).numpy().data
@@ -110,19 +116,6 @@ class HiddenInFile(HiddenStates):
         self._maps: dict[str, mmap.mmap] = {}
         self._source = saved or _FILES[0]
         self._target = _other(saved) if saved else _FILES[0]
-
-    def read(self, batch: Rows) -> Tensor:
-        """Return a view of the file that is read."""
-        return self._view(self._source)[batch]
-
-    def write(self, batch: slice, hidden_BTD: Tensor) -> None:
-        """Set the windows of a batch, and let its pages go."""
-        self._view(self._target)[batch] = hidden_BTD
-        self.forget(batch)
-
-    def read_written(self, batch: Rows) -> Tensor:
-        """Return a view of the file that is written to."""
-        return self._view(self._target)[batch]
 
     def forget(self, batch: slice) -> None:
         """Let the pages of a batch go: they are in the page cache."""

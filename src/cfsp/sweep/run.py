@@ -351,7 +351,8 @@ def _qualities(rows: Sequence[Row]) -> Table:
             "parameters removed": f"{1 - row.parameters / dense.parameters:.1%}",
             **{text: f"{row.values[text]:z,.2f}" for text in dense.values},
             "loss rise": f"{loss_rise(row.values, dense.values):z,.2f}",
-            "front": " ".join(str(i + 1) for i, best in enumerate(fronts) if best[number]) or "-",
+            "Pareto front": " ".join(str(i + 1) for i, best in enumerate(fronts) if best[number])
+            or "-",
         }
         for number, row in enumerate(rows)
     ]
@@ -362,7 +363,7 @@ def _qualities(rows: Sequence[Row]) -> Table:
     }
     caption = (
         f"Perplexity on {' or '.join(sorted(counts))} of each text; loss rise in nats a token, "
-        "mean of the texts; front: texts, by number, on which nothing smaller is as good."
+        "mean of the texts; Pareto front: texts, by number, on which nothing smaller is as good."
     )
     return Table(list(lines[0]), [list(line.values()) for line in lines], caption)
 

@@ -45,7 +45,7 @@ def block_chart(runs: Sequence[RunFacts], part: Part = "ffn") -> Chart | None:
     by_distance = SENSITIVITY not in metrics
     scale = "Importance is relative to the largest."
     if by_distance:
-        scale = f"Distance is the mean angle between {between}, in half turns."
+        scale = f"Distance is the mean angle between {between}, as a share of 180 degrees."
     columns = [_columns_of(plan) for _, plan in planned]
     names = [str(i) if unit is None else unit.name for i, unit in enumerate(columns[0])]
     blocks = [i if unit is None else unit.block for i, unit in enumerate(columns[0])]
