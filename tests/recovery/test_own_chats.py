@@ -67,7 +67,8 @@ def test_a_template_opens_a_turn_where_a_token_ends_it(tokenizer, chatting):
         assert opening_of(without) == []
 
 
-def test_a_model_asks_itself_and_answers(dense, chatting):
+def test_a_model_asks_itself_and_answers(dense, chatting, monkeypatch):
+    monkeypatch.setattr(module, "_ANSWER_TOKENS", 16)
     model = load(dense, dtype="float32")
     chats = own_chats(model, chatting, 40, seed=3)
     assert 4 < len(chats) <= 40
@@ -109,7 +110,7 @@ def test_recovery_learns_from_them(saved, dense, tmp_path, text_file, monkeypatc
     monkeypatch.setattr("cfsp.recovery.own_chats._LEAST_WINDOWS", 1)
 
     def run(out: Path, **more: Any) -> dict[str, Any]:
-        how = training(2, evaluations=1, **more)
+        how = training(2, evaluations=1, **{"own_chats": 32} | more)
         recover(saved, out, text_file, teacher=str(dense), training=how)
         found: dict[str, Any] = read_json(out / "cfsp.json")["recovery"]
         return found

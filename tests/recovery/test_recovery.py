@@ -175,8 +175,7 @@ def test_only_projections_change_and_ranks_follow_the_plan(pruned, recovered, ou
     assert report.ranks == (ranks if method == "lora" else [None] * 3)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "method"), [(torch.bfloat16, "lora"), (torch.float16, "full")])
 def test_a_model_of_16_bits_is_trained_and_keeps_them(
     pruned, recovered, tmp_path, out, monkeypatch, dtype, method
 ):

@@ -90,16 +90,15 @@ def test_a_run_goes_on_in_which_a_weight_had_no_gradient(pruned, text_file, tmp_
     assert changed(tmp_path / "whole", tmp_path / "killed") == set()
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mixtral"])
 def test_weights_that_are_stored_by_other_names_come_back(
-    name, save, text_file, tokenizer, tmp_path, monkeypatch
+    save, text_file, tokenizer, tmp_path, monkeypatch
 ):
     """The best ones at the end of a run, and after a stop."""
     # From half way on, training goes uphill.
     monkeypatch.setattr(
         "cfsp.recovery.trainer.rate_factor", lambda fraction: 1.0 if fraction < 0.5 else -1.0
     )
-    model, whole, killed = save(tiny_model(name)), tmp_path / "whole", tmp_path / "killed"
+    model, whole, killed = save(tiny_model("gemma3")), tmp_path / "whole", tmp_path / "killed"
     how: dict[str, Any] = {"training": training(6, evaluations=3, learning_rate=2e-3)}
     how["adaptation"] = Adaptation("full")
     report = recover(model, whole, text_file, **how)
@@ -307,10 +306,9 @@ def test_a_full_disk_has_one_sentence_whoever_writes(error, is_of_the_disk, tmp_
         trainer._save_checkpoint()
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_who_is_its_own_teacher_is_told_before_a_step(pruned, recovered, tmp_path, method):
+def test_who_is_its_own_teacher_is_told_before_a_step(pruned, recovered, tmp_path):
     with pytest.raises(RecoveryError, match=r"is 0 before training: .*; give the dense model"):
-        recovered(teacher=str(pruned), adaptation=Adaptation(method))
+        recovered(teacher=str(pruned))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -329,15 +327,12 @@ def test_training_that_does_harm_writes_nothing(pruned, recovered, tmp_path, mon
     assert caplog.text.count("that is no better than before training") == 1
 
 
-@pytest.mark.parametrize(("minutes", "measuring"), [(1e-4, 0), (0.5, 40)])
-def test_too_few_minutes_are_refused_before_a_step(
-    recovered, text_file, tmp_path, monkeypatch, minutes, measuring
-):
+def test_too_few_minutes_are_refused_before_a_step(recovered, text_file, tmp_path, monkeypatch):
     """What measuring takes is no time to train in."""
     monkeypatch.setattr("cfsp.recovery.trainer.RecoveryTrainer.training_step", never)
-    measured = {"perplexity": {}, "seconds": measuring}
+    measured = {"perplexity": {}, "seconds": 40}
     monkeypatch.setattr("cfsp.recovery.recover.load_or_compute", lambda *_: measured)
-    how = Training(Limit(minutes=minutes), batch_windows=4, seqlen=32)
+    how = Training(Limit(minutes=0.5), batch_windows=4, seqlen=32)
     evaluation = EvaluationText((str(text_file),), 2, 32)
     with pytest.raises(UsageError, match=r"too short for one step .* give [12] or more"):
         recovered(training=how, evaluation=evaluation)
@@ -385,13 +380,10 @@ def test_a_token_without_an_embedding_is_found_where_text_is_held_out(pruned, re
         recovered(source, data=(text,))
 
 
-@pytest.mark.parametrize(
-    "damaged", [{"criterion": {}}, {"base_model": "name"}, {"parameters_before": "many"}], ids=str
-)
-def test_a_damaged_manifest_is_told_before_training(pruned, recovered, tmp_path, damaged, noted):
+def test_a_damaged_manifest_is_told_before_training(pruned, recovered, tmp_path, noted):
     trained = noted(cfsp.recovery.recover, "load_to_train", never)
     source = Path(shutil.copytree(pruned, tmp_path / "source"))
-    add_to_manifest(source, damaged)
+    add_to_manifest(source, {"base_model": "name"})
     with pytest.raises(CheckpointError, match=r"cfsp\.json is damaged \("):
         recovered(source)
     assert not trained

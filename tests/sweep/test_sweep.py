@@ -131,9 +131,11 @@ def test_it_asks_the_dense_model_once_and_compares_with_it(
     assert "the original does not beat a guess; not in the mean" in html
 
 
-def test_a_sweep_does_not_go_on_with_another_text(model, text_file, tmp_path, command):
+def test_a_sweep_does_not_go_on_with_another_text_or_other_weights(
+    copied, text_file, tmp_path, command
+):
     text, out = tmp_path / "text.txt", tmp_path / "out"
-    argv = ["sweep", model, "--sparsity", 0.5, "--method", "cfsp", "cfsp-plain", "--multiple", 4]
+    argv = ["sweep", copied, "--sparsity", 0.5, "--method", "cfsp", "cfsp-plain", "--multiple", 4]
     argv += ["--data", text, "--seqlen", 32, "--eval", text_file, "--windows", 1, "--out", out]
     whole = text_file.read_text()[:12_000]
     text.write_text(whole)
@@ -144,14 +146,6 @@ def test_a_sweep_does_not_go_on_with_another_text(model, text_file, tmp_path, co
         error = command(*argv, status=2).err
         assert "cfsp-0.5 was made by another text than there is now" in error
     text.write_text(whole)
-    command(*argv)
-
-
-def test_a_sweep_does_not_go_on_with_other_weights(copied, text_file, tmp_path, command):
-    out = tmp_path / "out"
-    argv = ["sweep", copied, "--sparsity", 0.5, "--multiple", 4, "--samples", 4, "--seqlen", 32]
-    argv += ["--data", text_file, "--eval", text_file, "--windows", 1, "--out", out]
-    command(*argv)
     edit_tensors(copied / "model.safetensors", lambda found: found["model.norm.weight"].add_(0.1))
     (out / "dense.json").unlink()  # which is of the weights before, and refused
     error = command(*argv, status=2).err
