@@ -1,6 +1,7 @@
 """What docs/TRUST.md promises besides the catalogue of bad input in tests/bad_inputs."""
 
 import errno
+import gc
 import os
 import random
 import re
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import SoftFileLock
 from huggingface_hub import ModelCard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import cfsp
@@ -30,15 +31,11 @@ from mutation import changed_document
 from report_runs import measured
 from targets import TARGETS, read_once
 
-FUZZ = settings(max_examples=100)
-
-
 # Any bytes.
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "statistics", "plan", "gguf"])
 @given(st.data())
-@FUZZ
 def test_any_bytes_are_read_or_an_error(name, data):
     """Any, or a valid file with a piece replaced or some of its fields changed."""
     whole = data.draw(st.sampled_from(TARGETS[name].seeds()))
@@ -143,23 +140,17 @@ def test_a_sweep_where_another_one_works_is_refused(model, text_file, tmp_path, 
         assert "another run is working in" in error
 
 
-@pytest.mark.parametrize("command", ["prune", "calibrate", "recover"])
-def test_of_two_processes_one_wins(command, commands, model, text_file, tmp_path):
-    out, drawn = tmp_path / "out", ["--data", str(text_file), "--seqlen", "32"]
-    options = {
-        "prune": ["--sparsity", "0.4", "--multiple", "4", "--samples", "8"],
-        "calibrate": ["--samples", "8"],
-        "recover": ["--rank-allocation", "uniform", "--steps", "2"],
-    }
-    argv = [command, str(model), *drawn, *options[command], "--out", str(out)]
+def test_of_two_processes_one_wins(commands, model, text_file, tmp_path):
+    out = tmp_path / "out"
+    argv = ["prune", str(model), "--data", str(text_file), "--seqlen", "32", "--sparsity", "0.4"]
+    argv += ["--multiple", "4", "--samples", "8", "--out", str(out)]
     first, second = sorted(commands(Command(argv), Command(argv)), key=lambda it: it.status)
     assert (first.status, second.status) == (0, 2), (first.stderr, second.stderr)
     message = second.stderr.splitlines()[-1]
     assert "another run is working in" in message or f"{out} exists" in message
     assert "Traceback" not in second.stderr
     assert entries(tmp_path) == {"out"}
-    if command != "calibrate":
-        assert main(["inspect", str(out)]) == 0
+    assert main(["inspect", str(out)]) == 0
 
 
 # Long life.
@@ -173,22 +164,24 @@ def resident_bytes() -> int:
 
 
 def test_many_prunes_do_not_grow_memory(model, few, tmp_path):
-    for number in range(8):
+    for number in range(5):
         if number == 2:
             before = resident_bytes()
         cfsp.prune(model, out=tmp_path / str(number), sparsity=0.4, multiple=4, **few)
-    assert resident_bytes() - before < 40 << 20
+    assert resident_bytes() - before < 20 << 20
 
 
-def test_a_thousand_plans_do_not_grow_memory(model, pruned):
+def test_many_plans_leave_nothing_behind(model, pruned, caplog):
     source = open_checkpoint(model)
-    for number in range(1020):
+    caplog.set_level("ERROR", "cfsp")  # what was said is kept for the report of a test that fails
+    for number in range(60):
         if number == 20:
-            before = resident_bytes()
-        budget = Budget(0.1 + 0.0008 * number, multiple=4)
+            gc.collect()
+            before = len(gc.get_objects())
+        budget = Budget(0.1 + 0.01 * number, multiple=4)
         plan_from(source, cfsp.Statistics.load(pruned / STATISTICS_FILE), PruneSettings(budget))
-    # cfsp.Statistics and plans that were all kept would be more.
-    assert resident_bytes() - before < 8 << 20
+    gc.collect()
+    assert len(gc.get_objects()) - before < 40  # an object of each
 
 
 # The document.

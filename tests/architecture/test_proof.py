@@ -153,8 +153,8 @@ def units(found: Architecture) -> set[tuple[str, int, int, tuple[int, ...]]]:
         (LlamaConfig(mlp_bias=True, num_hidden_layers=1), {("mlp", 11008, 1, (1,))}),
         (config_of("gemma"), {("mlp", 24576, 1, (1,))}),
         (config_of("opt"), {("", 3072, 1, (1,))}),
-        (config_of("gpt_oss"), {("mlp.experts", 2880, 128, INTERLEAVED)}),
-        (config_of("qwen2_moe", mlp_only_layers=[0]), {
+        (config_of("gpt_oss", num_hidden_layers=4), {("mlp.experts", 2880, 128, INTERLEAVED)}),
+        (config_of("qwen2_moe", num_hidden_layers=4, mlp_only_layers=[0]), {
             ("mlp", 5632, 1, (1,)), ("mlp.experts", 1408, 60, HALVES),
             ("mlp.shared_expert", 5632, 1, (1,))}),
     ],

@@ -9,14 +9,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 import cfsp
-from builders import draw_windows, job_of, plan_of, read_json
-from cfsp.checkpoint.reading import Checkpoint
+from builders import plan_of, read_json
 from cfsp.errors import PlanError, UsageError
 from cfsp.planning.importance import LEAST_TOKENS
 from cfsp.planning.unit_plan import UnitPlan
-from cfsp.repair.ridge_pass import choose_and_repair
-from cfsp.settings import Budget, Compute, PruneSettings
-from cfsp.streaming.work_dir import WorkDir
 from ragged import tiny
 from tiny_decoders import tiny_model
 
@@ -104,25 +100,6 @@ def test_a_plan_of_experts_is_read_as_written_or_refused():
         fields["blocks"][0].update(damage)
         with pytest.raises(PlanError, match="damaged"):
             cfsp.PruningPlan.from_json(json.dumps(fields))
-
-
-def test_repaired_experts_that_a_run_saved_are_read_again(lonely, tokenizer, text_file, tmp_path):
-    """The second pass finds all blocks done and only reads them."""
-    source = Checkpoint(lonely)
-    windows = draw_windows([str(text_file)], tokenizer, samples=6, seqlen=32)
-    work_dir = WorkDir(tmp_path, identity={"command": "test"})
-
-    job = job_of(source, PruneSettings(Budget(0.5), compute=Compute("cpu")), work_dir=work_dir)
-    keep = [unit.width // 2 for unit in source.units]
-    # What is saved needs no widths.
-    fresh, again = (choose_and_repair(job, windows, [each])[0] for each in (keep, []))
-    for one, other in zip(fresh, again, strict=True):
-        (repaired,), (repaired_again,) = one.repaired, other.repaired
-        assert repaired == repaired_again
-        assert one.kept == other.kept
-        assert one.observed.units[0].routed_E == other.observed.units[0].routed_E
-        assert repaired["error_after"] <= repaired["error_before"]
-    assert LONELY in fresh[1].repaired[0]["few_tokens"]
 
 
 def test_equal_widths_leave_shared_experts_in_proportion(save, few, tmp_path):

@@ -44,9 +44,7 @@ def types_of(path: Path) -> dict[str, str]:
     [
         ("llama-biased", WIDTHS, None, "deci"),
         ("llama-biased", EQUAL, None, "llama"),
-        ("mistral", WIDTHS, None, "deci"),
         ("qwen2", EQUAL, None, "qwen2"),
-        ("qwen3", EQUAL, None, "qwen3"),
         # KV groups of their own, or none where the attention is gone.
         ("llama", WIDTHS, (2, 1, 0), "deci"),
         ("qwen2", WIDTHS, (2, 0, 1), "deci"),

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cfsp.errors import BudgetError, UsageError
@@ -211,7 +211,6 @@ def plain_sizes(draw: st.DrawFn) -> tuple[ModelSize, list[float]]:
     st.floats(0.0, 0.95),
     st.sampled_from(get_args(Clamp)),
 )
-@settings(max_examples=300)
 def test_a_budget_is_met_to_one_multiple_in_parameters(drawn, sparsity, clamp):
     size, importance_U = drawn
     budget = Budget(sparsity)

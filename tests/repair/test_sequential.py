@@ -216,27 +216,6 @@ def asked(text_file) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
-def test_a_fit_is_kept_only_where_it_helps(tiny_checkpoint, asked, tmp_path, name):
-    source = tiny_checkpoint(name)
-    plain = cfsp.prune(source, out=tmp_path / "plain", repair="none", **asked)
-    fitted = cfsp.prune(source, out=tmp_path / "fitted", **asked)
-    assert fitted.plan == plain.plan
-    (step,) = fitted.repair["steps"]
-    assert step["name"] == "gaps"
-    (index,) = [i for i, entry in enumerate(step["blocks"]) if entry is not None]
-    entry = step["blocks"][index]
-    (removed,) = fitted.plan.removed_blocks
-    assert index == (removed - 1 if removed else 1)
-    assert entry["loss_after"] <= entry["loss_before"]
-    assert entry["kept"] is (entry["loss_after"] < entry["loss_before"])
-    found = changed(tmp_path / "plain", tmp_path / "fitted")
-    architecture = Checkpoint(tmp_path / "fitted").architecture
-    unit = architecture.units[index - (removed < index)]
-    down = architecture.block_prefix(unit.block) + unit.down
-    assert found == ({down} if entry["kept"] else set())
-
-
 def test_what_was_removed_is_made_up_for_in_whole(model, asked, tmp_path, monkeypatch):
     cfsp.prune(model, out=tmp_path / "half", **asked)
     monkeypatch.setattr(sequential, "SHARE_OF_DRIFT", 0.0)
