@@ -87,16 +87,7 @@ def _print_workload(comparison: Comparison, workload: Workload) -> None:
                     *_ratios(speed),
                 )
             )
-    head = (
-        "phase, model",
-        "tokens/s",
-        "range",
-        "first token",
-        "ratio",
-        "range",
-        "ideal",
-        "of ideal",
-    )
+    head = "phase, model", "tokens/s", "range", "first token", "ratio", "range", "ideal", "of ideal"
     print_table(head, rows)
 
 

@@ -39,7 +39,7 @@ def public_name(name: str) -> str:
 
 
 def public_command(command: str) -> str:
-    """Return a command with the public name of every path in it, as what it writes always is."""
+    """Return a command with the public name of every path in it; that of --out is always one."""
     plain = re.sub(r"(--out[ =])[^\s']*/", r"\1", " ".join(command.split()))
     return re.sub(r"'([^']+)'|[^\s'\"=()]+", _public_word, plain)
 
