@@ -263,7 +263,9 @@ def test_the_plan_is_obeyed_and_commands_tell_of_it(case, tmp_path, command):
     assert json.loads(command("verify", case.out, "--json").out)["verified"]
 
 
-@pytest.mark.parametrize("case", ["phi3", "gpt2 and a block"], indirect=True)
+@pytest.mark.parametrize(
+    "case", ["phi3", "gpt2 and a block", "gemma3_text and a block"], indirect=True
+)
 def test_blocks_make_up_for_what_went(case, text_file, tmp_path):
     plan = case.report.plan
     report = by_plan(case.source, plan, tmp_path / "out", text_file, "ridge")

@@ -90,15 +90,16 @@ def test_a_run_goes_on_in_which_a_weight_had_no_gradient(pruned, text_file, tmp_
     assert changed(tmp_path / "whole", tmp_path / "killed") == set()
 
 
+@pytest.mark.parametrize("name", ["gemma3", "mixtral"])
 def test_weights_that_are_stored_by_other_names_come_back(
-    save, text_file, tokenizer, tmp_path, monkeypatch
+    name, save, text_file, tokenizer, tmp_path, monkeypatch
 ):
     """The best ones at the end of a run, and after a stop."""
     # From half way on, training goes uphill.
     monkeypatch.setattr(
         "cfsp.recovery.trainer.rate_factor", lambda fraction: 1.0 if fraction < 0.5 else -1.0
     )
-    model, whole, killed = save(tiny_model("gemma3")), tmp_path / "whole", tmp_path / "killed"
+    model, whole, killed = save(tiny_model(name)), tmp_path / "whole", tmp_path / "killed"
     how: dict[str, Any] = {"training": training(6, evaluations=3, learning_rate=2e-3)}
     how["adaptation"] = Adaptation("full")
     report = recover(model, whole, text_file, **how)
