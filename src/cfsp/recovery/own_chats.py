@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.checkpoint.turn_end import turn_end
+from cfsp.processes import process_count
 from cfsp.progress import item_progress
 from cfsp.quality.generation import Generator, prompt_of
 from cfsp.recovery.data import with_chats
@@ -35,15 +36,20 @@ _SHARE_OF_TIME = 0.25
 _LEAST_WINDOWS = 96  # 48 steps of two were measured to win by chats, 32 were not
 
 
-def with_own_chats(ready: Prepared, dense: PreTrainedModel, work_dir: WorkDir) -> Prepared:
+def with_own_chats(
+    ready: Prepared, dense: PreTrainedModel | None, work_dir: WorkDir | None
+) -> Prepared:
     """Return the same with chats that the dense model writes, if it has a template for them.
 
-    None where a run has few windows, or where they would take more than a quarter of its minutes.
+    None where a run has few windows, or where they would take more than a quarter of its minutes,
+    and none of several processes, of which only the first has a work directory.
     Where an answer was cut off it says nothing about the end of one: only what the teacher thinks
     of it is to be learnt.
     """
     training = ready.settings.training
-    if not training.own_chats or training.teacher_weight < 1:
+    if dense is None or not training.own_chats or training.teacher_weight < 1:
+        return ready
+    if work_dir is None or process_count() > 1:  # no process waits for what one writes
         return ready
     in_step = training.windows_in_step
     windows = in_step * training.limit.in_steps(len(ready.text.train), in_step)

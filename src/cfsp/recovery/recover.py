@@ -38,7 +38,7 @@ from cfsp.checkpoint.own_files import (
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.tensor_file import write_shards
 from cfsp.errors import RecoveryError, UsageError
-from cfsp.processes import is_first_process, joined, process_count, take_own_accelerator
+from cfsp.processes import is_first_process, joined, take_own_accelerator
 from cfsp.quality.evaluate import perplexity_by_text
 from cfsp.quality.perplexity import before_and_after
 from cfsp.recovery.adaptation import attach, load_to_train, merge, size_of_weights
@@ -263,9 +263,7 @@ def _train(
 
     model = load(source)
     dense = None if ready.teacher is None else load(ready.teacher)
-    # Of several processes none waits for what one writes.
-    if dense is not None and work_dir is not None and process_count() == 1:
-        ready = with_own_chats(ready, dense, work_dir)
+    ready = with_own_chats(ready, dense, work_dir)
     usual = RELATIVE_RATES[settings.adaptation.method] * size_of_weights(model, ready.trained)
     rate = settings.training.learning_rate or float(f"{usual:.3g}")
     torch.manual_seed(settings.training.seed)
