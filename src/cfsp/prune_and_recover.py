@@ -68,7 +68,7 @@ def prune_and_recover(
         compute=replace(compute, dtype="auto") if compute.dtype == "float16" else compute,
     )
     step = "sequential repair" if settings.repairs else "no repair"
-    pruned = out.with_name(f"{out.name}-pruned")
+    pruned = out.parent / f"{out.name}-pruned"
     if why := _why_not_trained(source, out, pruned, how):
         log.info("best effort: %s and no training, because %s", step, why)
         return prune(out, settings, known=known, team=team), None

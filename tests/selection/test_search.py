@@ -136,6 +136,17 @@ def test_the_best_of_many_numbers_is_found_with_few_tries(count, best):
     assert len(tried) == len(set(tried)) <= 15
 
 
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_the_least_number_that_meets_the_constraint_is_found(count, least):
+    least = min(least, count)
+
+    def score(number: int) -> Scored | None:
+        return replace(scored(0.0)[0], masked=float(number)) if number >= least else None
+
+    found = _best_numbers([0.0] * count, score)
+    assert min(each.masked for each in found) == least
+
+
 def test_numbers_that_are_worse_alone_than_the_best_are_not_tried():
     tried = []
 

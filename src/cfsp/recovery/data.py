@@ -16,6 +16,7 @@ Shapes: N windows, T tokens of a window, R tokens of a document.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -122,14 +123,15 @@ def with_chats(
     tokenizer: PreTrainedTokenizerBase,
     bos: Bos = "auto",
 ) -> RecoveryText:
-    """Return a text with the dense model's chats, repeated until they are a part of a pass."""
+    """Return a text with the dense model's chats, repeated or cut to be a part of a pass."""
     documents = [answer_tokens(chat, tokenizer, number) for number, chat in enumerate(chats, 1)]
     seqlen = text.train.token_NT.shape[1]
     own, held = _own_and_held_out(documents, seqlen, beginning(tokenizer, bos))
     if not own.shape[1]:
         return text
     others = _SHARE_OF_CHATS / (1 - _SHARE_OF_CHATS) * len(text.train)
-    own = own.repeat(1, max(1, round(others / own.shape[1])), 1)
+    # Of a short text, fewer of them: it is what was asked to be learnt.
+    own = own.repeat(1, max(1, round(others / own.shape[1])), 1)[:, : max(1, math.ceil(others))]
     return replace(
         text,
         train=text.train.and_windows(own),

@@ -236,7 +236,8 @@ def _best_numbers(alone: Sequence[float], scored: Callable[[int], Scored | None]
     step = 1
     while len(alone) / step > _NUMBERS_AT_ONCE:
         step *= 2
-    try_all(range(0, len(alone) + 1, step))
+    # The largest too, whatever the step: it may be the only one that meets the constraint.
+    try_all((*range(0, len(alone), step), len(alone)))
     while step > 1:
         step //= 2
         middle = min(found, key=lambda count: getattr(found[count], "masked", float("inf")))
