@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfsp.checkpoint.locating import open_checkpoint
+from cfsp.checkpoint.output import before_training
 from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.decide import NOTHING_KNOWN, Known
@@ -68,7 +69,7 @@ def prune_and_recover(
         compute=replace(compute, dtype="auto") if compute.dtype == "float16" else compute,
     )
     step = "sequential repair" if settings.repairs else "no repair"
-    pruned = out.parent / f"{out.name}-pruned"
+    pruned = before_training(out)
     if why := _why_not_trained(source, out, pruned, how):
         log.info("best effort: %s and no training, because %s", step, why)
         return prune(out, settings, known=known, team=team), None

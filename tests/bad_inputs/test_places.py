@@ -70,6 +70,7 @@ EXISTING = [
         (SWEEP, "/", "exists, is not empty and is no sweep", "choose another --out"),
         (INTO, "{text}", "exists and is a file", DIRECTORY),
         (INTO, ".", "is the current directory", DIRECTORY),
+        (INTO.replace("--out", "--effort best --out"), ".", "is the current directory", DIRECTORY),
         ("demo --out", "{model}", "exists and is not empty", DIRECTORY),
     )
 ]

@@ -2,6 +2,8 @@
 
 import copy
 import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from builders import read_json, stopped_at
 from cfsp.checkpoint.loading import load
 from cfsp.quality.generation import Generator
 from cfsp.recovery import own_chats as module
-from cfsp.recovery.data import OWN_CHATS, answer_tokens, read_text, with_chats
+from cfsp.recovery.data import OWN_CHATS, WindowData, answer_tokens, read_text, with_chats
 from cfsp.recovery.loss import IGNORED
 from cfsp.recovery.own_chats import opening_of, own_chats
 from cfsp.recovery.settings import Limit, Training
@@ -102,6 +104,11 @@ def test_chats_are_a_quarter_of_a_pass(chatting, text_file):
     whole = torch.cat([answer_tokens(chat, chatting) for chat in chats], dim=1)[1]
     assert set(learnt.tolist()) <= set(whole.tolist()) - {IGNORED}
     assert len(set(map(tuple, label_NT.tolist()))) < added
+    times = Counter(map(tuple, found.train.token_NT[len(text.train) :].tolist()))
+    assert len(set(times.values())) == 1
+    # Of a text that is shorter than all of them there are fewer, not more of them than of it.
+    short = replace(text, train=WindowData(text.train.token_NT[:6], text.train.label_NT[:6]))
+    assert len(with_chats(short, chats, chatting).train) == 6 + 2
     # Too little is nothing.
     assert with_chats(text, [], chatting) is text
 

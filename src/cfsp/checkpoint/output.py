@@ -35,8 +35,13 @@ def output_path(out: str | Path) -> Path:
         raise UsageError(f"expected out=, the path of what is new, found {reprlib.repr(out)}")
     path = given_path(out)
     # The longest name that is made of it, beside it.
-    given_path(_staging_of(path.parent / f"{path.name}-pruned"))
+    given_path(_staging_of(before_training(path)))
     return path
+
+
+def before_training(out: Path) -> Path:
+    """Return where the pruned model lies that is trained into `out`."""
+    return out.parent / f"{out.name}-pruned"
 
 
 def check_output_is_free(target: Path) -> None:

@@ -16,7 +16,6 @@ Shapes: N windows, T tokens of a window, R tokens of a document.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -131,7 +130,8 @@ def with_chats(
         return text
     others = _SHARE_OF_CHATS / (1 - _SHARE_OF_CHATS) * len(text.train)
     # Of a short text, fewer of them: it is what was asked to be learnt.
-    own = own.repeat(1, max(1, round(others / own.shape[1])), 1)[:, : max(1, math.ceil(others))]
+    own = own[:, : max(1, round(others))]
+    own = own.repeat(1, max(1, round(others / own.shape[1])), 1)
     return replace(
         text,
         train=text.train.and_windows(own),
