@@ -1,6 +1,7 @@
 """Statistics and plans of a whole tiny model: what they may and may not depend on."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +105,26 @@ def test_a_sensitivity_that_cannot_be_is_refused(tmp_path):
     for use in (plain.save, Statistics.load):
         with pytest.raises(UsageError, match="File name too long; give another path"):
             use(tmp_path / (999 * "x"))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"sparsity": 0.4},
+        {"parts": ("blocks",), "sparsity": 0.4},
+        {"parts": ("ffn", "attention"), "target_params": 0.8},
+    ],
+)
+def test_a_model_with_a_part_that_gives_nothing_is_pruned(how, save, text_file, tmp_path):
+    """No token misses an FFN that is no expert; models made smaller elsewhere have zeroed ones."""
+    model = tiny_model("qwen2")
+    for projection in (model.model.layers[1].mlp, model.model.layers[0].self_attn):
+        for weight in projection.parameters():
+            weight.data.zero_()
+    text: dict[str, Any] = {"data": [text_file], "samples": 8, "seqlen": 32}
+    report = cfsp.prune(save(model), out=tmp_path / "out", **text, **how)
+    assert report.parameters_after < report.parameters_before
+    cfsp.load(tmp_path / "out")
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "llama4_text"])

@@ -347,6 +347,7 @@ def test_too_few_minutes_are_refused_before_a_step(recovered, text_file, tmp_pat
         ({"eval": ["{text}"], "windows": 10**6}, "1000000 are needed"),
         ({"teacher": "/no/such"}, "/no/such does not exist"),
         ({"teacher": "{other}"}, "the teacher must be the dense model"),
+        ({"seqlen": 500}, "can read 256 tokens at once, the windows have 500"),
         ({"method": "best"}, "method must be one of lora, full"),
         ({"method": "auto"}, "must be one of lora, full, found 'auto'; leave it out"),
         ({"rank_allocation": "error"}, "--rank-allocation must be one of uniform, importance"),

@@ -2,7 +2,10 @@
 
 import copy
 import json
+import math
 import re
+from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +26,8 @@ from cfsp.recovery import loss as module
 from cfsp.recovery.adaptation import allocate_ranks, ranks_of
 from cfsp.recovery.data import WindowData, answer_tokens, read_text
 from cfsp.recovery.loss import IGNORED, Outputs, language_model_loss
-from cfsp.recovery.settings import Adaptation
+from cfsp.recovery.settings import Adaptation, Limit, Training
+from cfsp.text import sources
 from cfsp.text.offline import KINDS
 
 CHAT = (
@@ -93,6 +97,46 @@ def test_held_out_documents_are_spread_over_a_text(ending, tokenizer, tmp_path):
     assert 0.02 < len(text.held_out) / len(text.train) < 0.06
     if ending == "jsonl":
         assert not set(held) & set(train)
+
+
+def test_no_more_is_read_than_a_run_needs(tokenizer, tmp_path, monkeypatch):
+    """Of a local text from all over it, the same again; of one on the hub its beginning."""
+    documents = [f"river stone d{number} light falls\n" * 30 for number in range(100)]
+    path = tmp_path / "sorted.jsonl"
+    path.write_text("\n".join(json.dumps({"text": document}) for document in documents))
+
+    def found(name: str = str(path), **how: Any) -> tuple[int, list[int]]:
+        text = read_text([name], tokenizer, seqlen=64, **how)
+        words = words_of(text.train, tokenizer) | words_of(text.held_out, tokenizer)
+        numbers = sorted(int(word[1:]) for word in words if re.fullmatch(r"d\d+", word))
+        return 64 * (len(text.train) + len(text.held_out)), numbers
+
+    whole, numbers = found()
+    assert numbers == [*range(100)]
+    assert found(most=whole) == (whole, numbers)
+    some, numbers = found(most=whole // 20)
+    assert whole // 20 <= some < whole // 4
+    assert numbers[0] < 40 and numbers[-1] >= 60 and len(numbers) < 40
+    assert found(most=whole // 20) == (some, numbers) != found(most=whole // 20, seed=1)
+
+    def endless(*_: str) -> Iterator[tuple[dict[str, str], str]]:
+        return (({"text": document}, "there") for document in cycle(documents))
+
+    monkeypatch.setattr(sources, "hub_records", endless)
+    _, numbers = found("c4", most=whole // 20)
+    assert numbers == [*range(len(numbers))]
+    monkeypatch.setattr("cfsp.recovery.data._PASS_OVER_A_HUB_TEXT", whole // 10)
+    assert found("c4")[1] == [*range(len(found("c4")[1]))] != numbers
+
+
+def test_what_a_run_needs_of_a_text():
+    few = Training(Limit(steps=3))
+    many = Training(Limit(steps=1000), batch_windows=4, seqlen=256)
+    assert few.most_tokens(1) == Training(Limit(minutes=0.01)).most_tokens(1) == 1 << 17
+    assert many.most_tokens(1) == many.most_tokens(3) == 1000 * 4 * 256
+    an_hour = Training(Limit(minutes=60))
+    assert an_hour.most_tokens(1) == 3 * an_hour.most_tokens(3) == 3600 * 10_000
+    assert Training().most_tokens(1) == math.inf
 
 
 @pytest.mark.usefixtures("short_kinds")

@@ -111,7 +111,7 @@ def test_functions_refuse_a_text_before_any_work(source, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "__call__", lambda *_, **__: pytest.fail("too late"))
     out = tmp_path / "out"
     evaluation = EvaluationText((ABSENT,))
-    training = Training(Limit(steps=1))
+    training = Training(Limit(steps=1), seqlen=32)
     refusals: list[Callable[[], object]] = [
         lambda: cfsp.prune("no-model", out=out, sparsity=0.2, data=[ABSENT]),
         lambda: cfsp.calibrate("no-model", data=[ABSENT]),

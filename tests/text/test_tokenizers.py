@@ -80,6 +80,14 @@ def test_a_tokenizer_that_fails_at_a_text_is_told():
     without_unknown = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"river": 0})))
     with pytest.raises(CheckpointError, match=r"no tokens of the text 'a' \(.*give one that takes"):
         beginning(without_unknown)
+    with pytest.raises(CheckpointError, match=r"no tokens of the text 'b{40}\.\.\.' \(.*give one"):
+        draw_windows([Text("b", ["b" * 50])], of_one_letter(), samples=1, seqlen=4)
+    with pytest.raises(CheckpointError, match="no tokens of the text 'b"):
+        read_text([Text("b", ["b"])], of_one_letter(), seqlen=8)
+
+
+def of_one_letter() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0})))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from cfsp.checkpoint.turn_end import ends_in, turn_end
 from cfsp.quality.perplexity import divergence_and_agreement
 from cfsp.streaming.decoder_end import text_model
 from cfsp.text.records import templated
+from cfsp.text.tokenizers import encoded
 
 # KL in nats between a prompt alone and padded, by rounding: 2e-7 in float32, 0.01 in bfloat16.
 _MOST_OF_PADDING, _MOST_IN_HALF = 1e-3, 0.1
@@ -29,7 +30,7 @@ def prompt_of(question: str, tokenizer: PreTrainedTokenizerBase, number: int) ->
     turn = [{"role": "user", "content": question}]
     asked = {"add_generation_prompt": True, "enable_thinking": False}
     text = templated(turn, tokenizer, number, **asked)
-    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens: list[int] = encoded(tokenizer, text)["input_ids"]
     return tokens
 
 

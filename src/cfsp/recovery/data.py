@@ -1,8 +1,9 @@
 """What is trained on and what is held out, as packed windows.
 
-All of every text is used. Of each, and of each kind of the mixed text, some documents are held out
-that are spread over it (`cfsp.text.windows`): nothing of them is trained on. Of a document that is
-much longer than what is held out, it is a part. The order is the Trainer's, by seed.
+All of every text is used, unless it is more than the steps or minutes of a run come to, or has no
+end: then enough of it for them. Of each, and of each kind of the mixed text, some documents are
+held out that are spread over it (`cfsp.text.windows`): nothing of them is trained on. Of a document
+that is much longer than what is held out, it is a part. The order is the Trainer's, by seed.
 
 Of conversations only the answers are trained on. Chat templates mark none: an answer is what a
 longer conversation adds, the template of the messages up to it minus what it has in common with
@@ -16,6 +17,7 @@ Shapes: N windows, T tokens of a window, R tokens of a document.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -27,16 +29,24 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from cfsp.errors import TextError
+from cfsp.progress import item_progress
 from cfsp.recovery.loss import IGNORED
 from cfsp.settings import Bos, Text
-from cfsp.text.drawing import document_tokens, gather, parts_with_shares, spans
+from cfsp.text.drawing import (
+    document_tokens,
+    gather,
+    parts_with_shares,
+    spans,
+    spread_documents,
+)
 from cfsp.text.records import Conversation, check_has_template, templated
 from cfsp.text.sources import TextSource
-from cfsp.text.tokenizers import beginning
+from cfsp.text.tokenizers import beginning, encoded
 from cfsp.text.windows import Windows, held_out_documents
 
-# A hub data set may have no end: this many tokens of one text are enough for any recovery.
-_MAX_TOKENS_OF_A_TEXT = 200_000_000
+# One pass over a data set on the hub, which may have no end, is one over so many tokens of it.
+_PASS_OVER_A_HUB_TEXT = 1_000_000
+_CHARACTERS_OF_TOKEN = 6  # more than text in most languages has
 _HELD_OUT_SHARE = 0.03
 _MAX_HELD_OUT_TOKENS = 16_384
 _MOST_OF_A_DOCUMENT = 4096
@@ -90,9 +100,13 @@ def read_text(
     *,
     seqlen: int,
     bos: Bos = "auto",
-    most: int = _MAX_TOKENS_OF_A_TEXT,
+    most: float = math.inf,
+    seed: int = 0,
 ) -> RecoveryText:
-    """Read texts and conversations, at most so much of each; hold out some documents of each."""
+    """Read texts and conversations, about `most` tokens of each; hold out some documents of each.
+
+    Of a local text that has more they are from all over it, by seed.
+    """
     if not names:
         raise TextError("recovery needs text to train on; give --data")
     begins_with = beginning(tokenizer, bos)
@@ -101,7 +115,7 @@ def read_text(
     sources: dict[str, int] = {}
     for part, _ in parts_with_shares(names, 0):
         source = TextSource(part, "calibration")
-        documents = list(_documents(source, tokenizer, most))
+        documents = list(_documents(source, tokenizer, most, seed))
         own, held = _own_and_held_out(documents, seqlen, begins_with)
         if not (count := own.shape[1]):
             raise TextError(
@@ -152,10 +166,11 @@ def _own_and_held_out(
 
 
 def _documents(
-    source: TextSource, tokenizer: PreTrainedTokenizerBase, most: int
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, most: float, seed: int
 ) -> Iterator[Tensor]:
-    """Yield the tokens and the labels of each document as [2, R], until there are enough."""
-    total = 0
+    """Yield the tokens and the labels of each document as [2, R]."""
+    if source.on_hub and most == math.inf:
+        most = _PASS_OVER_A_HUB_TEXT
     if source.is_chat:
         check_has_template(tokenizer)
         if not getattr(tokenizer, "is_fast", False):
@@ -163,15 +178,14 @@ def _documents(
                 f"the model's tokenizer ({type(tokenizer).__name__}) does not say which characters "
                 "a token is of, so answers cannot be told from the rest; give plain text"
             )
-        numbered = enumerate(source.documents(), start=1)
-        documents = (answer_tokens(chat, tokenizer, number) for number, chat in numbered)
-    else:
-        documents = (token_R.expand(2, -1) for token_R in document_tokens(source, tokenizer))
-    for document in documents:
-        yield document
-        total += document.shape[1]
-        if total >= most:
-            return
+    documents = spread_documents(source, _CHARACTERS_OF_TOKEN * most, seed)
+    with item_progress(f"reading {source.name}", len(documents), "document") as bar:
+        for number, document in documents:
+            if isinstance(document, str):
+                yield document_tokens(document, source, tokenizer).expand(2, -1)
+            else:
+                yield answer_tokens(document, tokenizer, number)
+            bar.update()
 
 
 def _divided(documents: Sequence[Tensor], seqlen: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -225,13 +239,13 @@ def answer_tokens(
             f"conversation {number}: the chat template changes earlier messages when "
             "later ones follow, so answers cannot be told from the rest"
         )
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    token_R = torch.tensor(encoded["input_ids"], dtype=torch.int64)
+    found = encoded(tokenizer, whole, return_offsets_mapping=True)
+    token_R = torch.tensor(found["input_ids"], dtype=torch.int64)
     # A token that begins with the space before an answer belongs to the answer.
     answer_R = torch.tensor(
         [
             any(max(start, a) < min(stop, b) for a, b in answers)
-            for start, stop in encoded["offset_mapping"]
+            for start, stop in found["offset_mapping"]
         ],
         dtype=torch.bool,
     )

@@ -24,7 +24,7 @@ from cfsp.recovery.data import with_chats
 from cfsp.recovery.prepare import Prepared
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
 from cfsp.text.records import Conversation, templated
-from cfsp.text.tokenizers import load_tokenizer
+from cfsp.text.tokenizers import encoded, load_tokenizer
 
 _AT_ONCE = 32
 _QUESTION_TOKENS, _ANSWER_TOKENS = 64, 128  # at most
@@ -74,7 +74,7 @@ def opening_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if not has_ends or not turn_end(tokenizer):
         return []
     before = templated(_asks(_MARK), tokenizer, 1).rpartition(_MARK)[0]
-    opening: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
+    opening: list[int] = encoded(tokenizer, before)["input_ids"]
     return opening
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from cfsp.calibration.calibrate import check_tokens
+from cfsp.calibration.calibrate import check_length, check_tokens
 from cfsp.checkpoint.loading import compute_device
 from cfsp.checkpoint.locating import exists, open_checkpoint, path_of
 from cfsp.checkpoint.output import check_is_outside, check_output_is_free
@@ -82,6 +82,7 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
             "recovery does not run under accelerate's FSDP; start it with torchrun, or accelerate "
             "launch without FSDP, and give --shard if memory is short"
         )
+    check_length(source.config, training.seqlen, source.label)
     compute_device(settings.compute.device)  # it is there
     with refusing_damage(source.directory):  # its card can be made, so it can after training
         model_card(facts_about(source), plan_beside(source.directory), origin_of(source))
@@ -99,7 +100,14 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
     trained = trained_parameters(source, is_full=settings.adaptation.method == "full")
     with watch.stage("text"):
         windows = evaluation_windows(settings.evaluation, source)
-        text = read_text(settings.data, tokenizer, seqlen=training.seqlen, bos=training.bos)
+        text = read_text(
+            settings.data,
+            tokenizer,
+            seqlen=training.seqlen,
+            bos=training.bos,
+            most=training.most_tokens(len(settings.data)),
+            seed=training.seed,
+        )
     for part in (text.train, text.held_out):
         check_tokens(source.config, part.token_NT, source.label)
     identity = {

@@ -31,6 +31,11 @@ RELATIVE_RATES: dict[Method, float] = {"lora": 1e-2, "full": 1e-3}
 # Who teaches: the dense model that was pruned, where it is at hand, or nobody.
 AUTO_TEACHER, NO_TEACHER = "auto", "none"
 
+# Of each text at least so many tokens are read, so that what is held out says something. A run of
+# minutes reads as many as it can make from text in a small part of them.
+_LEAST_TOKENS = 1 << 17
+_TOKENS_IN_A_SECOND = 10_000
+
 # Far beyond any run; what a run that the clock ends reports to the Trainer as its steps.
 ENDLESS_STEPS = 1_000_000_000
 
@@ -161,6 +166,17 @@ class Training(Declared):
     def windows_in_step(self) -> int:
         """The windows of an optimizer step, over all processes."""
         return self.batch_windows * process_count()
+
+    def most_tokens(self, texts: int) -> float:
+        """Return the most tokens of one of so many texts that a run needs; infinite for a pass.
+
+        Minutes are for as many as a fast machine comes to; reading them takes a fraction.
+        """
+        limit = self.limit
+        if limit.minutes is not None:
+            return max(_LEAST_TOKENS, 60 * limit.minutes * _TOKENS_IN_A_SECOND / texts)
+        steps = math.inf if limit.steps is None else limit.steps
+        return max(_LEAST_TOKENS, steps * self.windows_in_step * self.seqlen)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from heapq import heappop, heappush
 from itertools import islice
 from random import Random
 
@@ -29,8 +30,9 @@ from cfsp.architecture.block_names import counted
 from cfsp.errors import TextError, UsageError
 from cfsp.settings import DEFAULT_TEXT, Bos, CalibrationText, Text
 from cfsp.text.offline import parts_of
+from cfsp.text.records import Conversation
 from cfsp.text.sources import TextSource, identity_of, name_of
-from cfsp.text.tokenizers import beginning
+from cfsp.text.tokenizers import beginning, encoded
 from cfsp.text.windows import Windows, joined
 
 log = logging.getLogger(__name__)
@@ -242,21 +244,40 @@ def spread_tokens(
     return _tokens(chunks, tokenizer)
 
 
-def document_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
-    """Yield the tokens of one document after the other, int64 [R], with what separates them."""
-    separator = source.separator
-    for document in source.texts(tokenizer):
-        yield _tokens(_cut(document + separator, _CHUNK_CHARACTERS), tokenizer)
+def spread_documents(
+    source: TextSource, most: float, seed: int
+) -> list[tuple[int, str | Conversation]]:
+    """Return documents of a text with their numbers, from all over it, in their order.
+
+    Together they have `most` characters and few more, or they are all that there are. Of a data set
+    on the hub, which may have no end, the beginning is taken.
+    """
+    random = Random(seed)
+    kept: list[tuple[float, int, str | Conversation]] = []  # a heap, from which the first goes next
+    total = 0
+    for number, document in enumerate(source.documents(), start=1):
+        heappush(kept, (random.random(), number, document))
+        total += len(str(document))
+        if source.on_hub and total >= most:
+            break
+        while total - (least := len(str(kept[0][2]))) >= most:
+            heappop(kept)
+            total -= least
+    return sorted(pair[1:] for pair in kept)
+
+
+def document_tokens(
+    document: str, source: TextSource, tokenizer: PreTrainedTokenizerBase
+) -> Tensor:
+    """Return the tokens of a document of a text, int64 [R], with what separates it."""
+    return _tokens(_cut(document + source.separator, _CHUNK_CHARACTERS), tokenizer)
 
 
 def _tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Return the tokens of texts one after the other, each made tokens by itself, int64 [R]."""
-    found = [torch.empty(0, dtype=torch.int64)]
-    for text in texts:
-        # It is cut into windows later: no word of texts that are longer than the model's maximum.
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        found.append(torch.tensor(ids, dtype=torch.int64))
-    return torch.cat(found)
+    ids = (encoded(tokenizer, text)["input_ids"] for text in texts)
+    none = torch.empty(0, dtype=torch.int64)
+    return torch.cat([none, *(torch.tensor(each, dtype=torch.int64) for each in ids)])
 
 
 def _sample(pieces: Iterator[str], count: int, random: Random) -> list[str]:

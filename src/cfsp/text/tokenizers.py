@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from cfsp.errors import OF_DAMAGE, CheckpointError, UsageError, did_you_mean, first_line
 from cfsp.settings import Bos
@@ -24,6 +24,7 @@ _CURE = (
 # Where processors had the chat template before chat_template.jinja; tokenizers do not look there.
 _OF_PROCESSOR = "chat_template.json"
 _TEKKEN = "tekken.json"
+_SHOWN_CHARACTERS = 40  # of a text that makes no tokens
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
@@ -62,6 +63,20 @@ def check_tokenizer(given: Any) -> None:
         )
 
 
+def encoded(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = False, **asked: Any
+) -> BatchEncoding:
+    """Return what a tokenizer makes of a text, which may be longer than the model can read."""
+    try:
+        return tokenizer(text, add_special_tokens=add_special_tokens, verbose=False, **asked)
+    except Exception as error:  # its own code, mostly in Rust, raises what it likes
+        shown = text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+        raise CheckpointError(
+            f"the tokenizer makes no tokens of the text {shown!r} ({first_line(error)}); give one "
+            "that takes any text, as those with bytes or a token for the unknown do"
+        ) from error
+
+
 def beginning(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> tuple[int, ...]:
     """Return the token ids that a window begins with: mostly BOS or none, for a few models two.
 
@@ -71,14 +86,8 @@ def beginning(tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto") -> tuple[in
     if bos == "no":
         return ()
     # What a short text has before it once special tokens are added; EOS may stand after it.
-    try:
-        plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole: list[int] = tokenizer("a")["input_ids"]
-    except Exception as error:  # its own code, mostly in Rust, raises what it likes
-        raise CheckpointError(
-            f"the tokenizer makes no tokens of the text 'a' ({first_line(error)}); give one that "
-            "takes any text, as those with bytes or a token for the unknown do"
-        ) from error
+    plain: list[int] = encoded(tokenizer, "a")["input_ids"]
+    whole: list[int] = encoded(tokenizer, "a", add_special_tokens=True)["input_ids"]
     starts = range(len(whole) - len(plain) + 1)
     start = next((i for i in starts if whole[i : i + len(plain)] == plain), 0)
     if start or bos == "auto":
