@@ -1,6 +1,7 @@
 """What may go for a goal of parameters where nobody said it."""
 
 import logging
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from builders import job_of
 from cfsp.checkpoint.reading import LoadedModel, WeightSource
+from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.errors import BudgetError
 from cfsp.planning.allocation import allocate
 from cfsp.planning.candidate import Dropped
@@ -74,8 +76,16 @@ def test_blocks_that_stay_let_all_others_go(source):
 
 
 def test_what_neither_channels_nor_blocks_own_is_refused(source):
-    with pytest.raises(BudgetError, match="at least one of 3 blocks must stay; between 0 and"):
+    told = r"--parts ffn,blocks, neither .* nor of all together \(less than (.*)% can"
+    with pytest.raises(BudgetError, match=told) as error:
         parts_of(source, 0.05)
+    (most,) = re.findall(r"less than (.*)%", str(error.value))
+    # What blocks alone do not own, both together may: of three blocks two can go.
+    alone = 1 - 2 * parameters_of_blocks(source)[0] / source.parameter_count
+    beyond = 1 - float(most) / 100 + 0.01
+    assert beyond < alone - 0.02
+    for stays in (alone - 0.02, beyond):
+        assert parts_of(source, stays) == ("ffn", "blocks")
 
 
 def test_a_command_that_names_no_parts(prune, source):

@@ -11,11 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builders import job_of, never, random_tokens
+import cfsp
+from builders import job_of, never, random_tokens, read_json, stopped_at
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.statistics import Statistics
 from cfsp.checkpoint.locating import open_checkpoint
-from cfsp.checkpoint.own_files import STATISTICS_FILE
+from cfsp.checkpoint.own_files import MANIFEST_FILE, STATISTICS_FILE
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import empty_model
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
@@ -231,3 +232,16 @@ def test_a_resumed_run_does_not_measure_again(source, tmp_path, latencies, noted
     first, again = (constraint_of(job_of(source, settings, work_dir=work_dir))[1] for _ in range(2))
     assert again.latencies == first.latencies
     assert len(measured) == 1
+
+
+def test_a_resumed_comparison_tells_what_was_tried(model, text_file, tmp_path, latencies):
+    latencies("ffn,blocks")
+    how: dict[str, Any] = {"target_speedup": 1.6, "parts": "ffn,blocks", "multiple": 8}
+    how |= {"data": [text_file], "samples": 8, "seqlen": 32}
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    stopped_at("cfsp.decide.repair", cfsp.prune, model, out=stopped, **how)
+    for out in (stopped, whole):
+        cfsp.prune(model, out=out, **how)
+    found = [read_json(out / MANIFEST_FILE)["goal"] for out in (stopped, whole)]
+    assert found[0] == found[1]
+    assert found[0]["tried"]

@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from cfsp.architecture.block_names import counted
@@ -161,6 +161,8 @@ class Constraint(ABC):
 
     source: WeightSource
     budget: Budget
+    # What was predicted or measured on the way to a candidate.
+    tried: list[Attempt] = field(default_factory=list, kw_only=True, compare=False)
 
     name: ClassVar[str] = ""  # of the goal, as its option is called; empty of a share of one part
 
@@ -290,6 +292,14 @@ class Parameters(Constraint):
         """Return what was asked for."""
         conditions = {"parameters_before": self.source.parameter_count}
         return {"goal": self.name, "asked": self.asked, "tried": [], "conditions": conditions}
+
+    def too_much(self) -> BudgetError:
+        """Return the error that no candidate meets it, with what is beyond them all."""
+        return BudgetError(
+            f"cannot remove {self.share_of_all:.1%} of the model's parameters with --parts "
+            f"{','.join(self.budget.parts)}, neither of one of them nor of all together (less than "
+            f"{self._most / self.source.parameter_count:.1%} can go); remove less"
+        )
 
     @property
     def _to_go(self) -> float:

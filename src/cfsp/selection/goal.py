@@ -105,7 +105,7 @@ def _parts_for(job: Job, asked: Parameters) -> tuple[Part, ...]:
         would = f"{share:.0%} of the {channels} would go alone"
     else:
         would = f"all {channels} would not be enough"
-        _of_blocks(asked)  # nor may blocks be
+        _with_blocks(asked).check()  # nor may blocks beside them be
     if obstacle := _obstacle(job, asked):
         log.info("%s, and %s: whole blocks are not tried beside them", would, obstacle)
         return DEFAULT_PARTS
@@ -118,12 +118,9 @@ def _obstacle(job: Job, asked: Parameters) -> str:
     if not job.fits(2):
         return "there is no memory for a pruned model beside the dense one"
     too_few = "the model cannot do without enough of them"
-    try:
-        wanted = _of_blocks(asked)
-    except BudgetError:
-        return too_few
+    wanted = _with_blocks(asked).to_drop()
     blocks = sorted(wanted.sizes.block_of)
-    # As many as would go alone; the first stays where no other is told to. None of one block.
+    # As many as may go; the first stays where no other is told to. None of one block.
     order = blocks if wanted.sizes.some_stay and len(blocks) > 1 else blocks[1:]
     gone = wanted.first([Removal(block, 0.0) for block in order])
     if not gone:
@@ -132,8 +129,8 @@ def _obstacle(job: Job, asked: Parameters) -> str:
     return "" if all(can_go(job.source, some) for some in both) else too_few
 
 
-def _of_blocks(asked: Parameters) -> DropBudget:
-    return replace(asked, budget=replace(asked.budget, parts=("blocks",))).to_drop()
+def _with_blocks(asked: Parameters) -> Parameters:
+    return replace(asked, budget=replace(asked.budget, parts=(*DEFAULT_PARTS, "blocks")))
 
 
 @dataclass(frozen=True)

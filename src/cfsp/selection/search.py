@@ -33,7 +33,7 @@ from cfsp.progress import item_progress
 from cfsp.repair.ladder import repair
 from cfsp.repair.result import PruningResult
 from cfsp.repair.ridge_pass import repair_by_plans
-from cfsp.selection.constraint import Constraint, Parameters, Share
+from cfsp.selection.constraint import Attempt, Constraint, Parameters, Share
 from cfsp.selection.divergence import (
     MaskedModel,
     dense_predictions,
@@ -166,13 +166,15 @@ def select(job: Job, constraint: Constraint, statistics: Statistics) -> tuple[Pl
             scores = repaired_scores(job, planner, [each.candidate for each in few])
             after_repair = dict(zip(few, scores, strict=True))
             found = [replace(each, repaired=after_repair.get(each)) for each in found]
-        return {"scored": [asdict(each) for each in found]}
+        tried = [asdict(each) for each in constraint.tried]
+        return {"scored": [asdict(each) for each in found], "tried": tried}
 
     with job.work_dir.watch.stage("try"):
-        scored = job.work_dir.once(name, compare)["scored"]
+        kept = job.work_dir.once(name, compare)
+    constraint.tried[:] = [Attempt(**each) for each in kept["tried"]]
     found = [
         Scored(Candidate.from_json(each["candidate"]), each["masked"], each["repaired"])
-        for each in scored
+        for each in kept["scored"]
     ]
     best = best_of(found)
     for each in found:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -86,7 +86,6 @@ class Speedup(Constraint):
     goal: TargetSpeedup
     runtime: Runtime
     work_dir: WorkDir  # keeps latencies for a run that is resumed
-    tried: list[Attempt] = field(default_factory=list)
 
     name = "target_speedup"
 
