@@ -326,6 +326,7 @@ def source_with_card(model, tmp_path_factory) -> Path:
     (directory / "README.md").write_text(CARD)
     (directory / "additional_chat_templates").mkdir()
     (directory / "additional_chat_templates" / "tool.jinja").write_text("{{ messages }}")
+    (directory / "additional_chat_templates").chmod(0o555)  # as caches that several share
     return directory
 
 

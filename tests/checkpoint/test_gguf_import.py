@@ -353,7 +353,9 @@ def test_numbers_that_nobody_reads_are_told_of(make_gguf, monkeypatch, caplog):
 def test_a_file_may_have_any_name_and_an_adapter_beside(make_gguf):
     """Ollama keeps its files by their hashes. The adapter is not of it; its own head stays."""
     path = make_gguf(1.0)
-    blob = path.rename(path.with_name("sha256-3f1a"))
+    blob = path.rename(path.with_name("é" * 127))  # as long as a name can be
+    assert Checkpoint(open_checkpoint(blob).directory).specs
+    blob = blob.rename(path.with_name("sha256-3f1a"))
     (path.parent / "adapter_config.json").write_text('{"base_model_name_or_path": "nowhere"}')
     found = open_checkpoint(blob)
     assert found.specs == Checkpoint(path.parent / "model").specs

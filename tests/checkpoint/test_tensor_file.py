@@ -17,7 +17,7 @@ from cfsp.checkpoint.tensor_file import (
     read_tensor_file,
     write_tensor_file,
 )
-from cfsp.errors import CheckpointError
+from cfsp.errors import ChangedFileError, CheckpointError
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
@@ -145,4 +145,14 @@ def test_file_that_changes_after_opening_is_an_error(tmp_path, change, length):
     change(path, (tmp_path / "b.safetensors").read_bytes()[:length])
     for read in (tensor.read, lambda: tensor.read_part(0, 4), lambda: list(pieces)):
         with pytest.raises(CheckpointError, match=r"a.safetensors was changed while it was read"):
+            read()
+
+
+def test_file_that_vanishes_after_opening_is_named(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"t": torch.zeros(10)}, path)
+    tensor = read_tensor_file(path)["t"]
+    path.unlink()
+    for read in (tensor.read, lambda: tensor.read_part(0, 4)):
+        with pytest.raises(ChangedFileError, match=r"a.safetensors could be read before and now"):
             read()

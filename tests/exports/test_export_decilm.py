@@ -26,6 +26,7 @@ from cfsp.exports.registry import ExportReport, export
 from ragged import WIDTHS as NARROW
 from ragged import cut, tiny
 from stock import logits_of
+from tiny_decoders import tiny_model
 from tiny_models import build_tiny_model
 
 FULL = 1024
@@ -117,19 +118,26 @@ def test_scaled_positions_are_said_in_both_words(tmp_path, tokenizer):
     assert fields["rope_parameters"] == source.config.rope_parameters
 
 
-@pytest.mark.parametrize("is_wide", [True, False])
-def test_a_head_of_its_own_is_not_said_to_be_tied(tmp_path, tokenizer, is_wide):
+@pytest.mark.parametrize(
+    ("name", "is_wide"), [("llama", True), ("llama", False), ("internvl", False)]
+)
+def test_a_head_of_its_own_is_not_said_to_be_tied(tmp_path, tokenizer, name, is_wide):
     """As merging a LoRA of the head leaves it; transformers takes what is stored."""
-    source = (
-        wide("llama", tokenizer, tmp_path, tie_word_embeddings=True)
-        if is_wide
-        else cut(tiny("llama", tie_word_embeddings=True), tokenizer, tmp_path)
-    )
+    if is_wide:
+        source = wide(name, tokenizer, tmp_path, tie_word_embeddings=True)
+    else:
+        model = tiny_model(name)
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = True
+        model.tie_weights()
+        equal = None if name == "llama" else [32] * model.config.get_text_config().num_hidden_layers
+        source = cut(model, tokenizer, tmp_path, equal)
+    before = "language_model." if name == "internvl" else ""  # as those that read images store it
     weights = source.directory / "model.safetensors"
     for factor, tied in ((1.0, True), (2.0, False)):
         stored = load_file(weights)
-        head = factor * stored["model.embed_tokens.weight"]
-        save_file({**stored, "lm_head.weight": head}, weights, metadata={"format": "pt"})
+        head = factor * stored[f"{before}model.embed_tokens.weight"]
+        save_file({**stored, f"{before}lm_head.weight": head}, weights, metadata={"format": "pt"})
         out = tmp_path / f"out-{tied}"
         export(source.directory, "vllm", out)
         assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is tied

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -121,12 +122,17 @@ def test_a_directory_is_no_hub_id(tmp_path, monkeypatch):
 
 
 def test_no_path_of_a_command_is_public():
-    typed = "cfsp prune meta/name --data mixed/books --data '/my disk/a.jsonl:x' --out=../b/c"
-    public = "cfsp prune meta/name --data mixed/books --data 'a.jsonl:x' --out=c"
+    typed = "cfsp prune meta/name --data mixed/books --data '/my disk/an a.jsonl:x' --out=../b/c"
+    public = "cfsp prune meta/name --data mixed/books --data 'an a.jsonl:x' --out=c"
     assert public_command(typed) == public
     typed = "cfsp prune meta/name --data /home/me/a,b.txt --out clients/acme"
     assert public_command(typed) == "cfsp prune meta/name --data a,b.txt --out acme"
-    assert public_command("cfsp.recover('/home/me/model', ...)") == "cfsp.recover('model', ...)"
+    words = ["cfsp", "prune", "/home/o'brien/m", "--data", "/my disk/it's.txt", "--set"]
+    words += ["statistics=/home/me/S", "--out", "/home/me/o b"]
+    public = shlex.join([*words[:2], "m", "--data", "it's.txt", "--set", "statistics=S"])
+    assert public_command(shlex.join(words)) == f"{public} --out 'o b'"
+    for name in ("/home/me/model", "/home/o'brien/model"):
+        assert public_command(f"cfsp.recover({name!r}, ...)") == "cfsp.recover('model', ...)"
     assert public_name("mixed/books") == "mixed/books" and public_name("/a/b.txt") == "b.txt"
 
 

@@ -87,3 +87,8 @@ def test_notes_and_licences_may_change(run, tmp_path, command):
     for name in ("README.md", "LICENSE.txt", "cfsp.statistics"):
         (copy / name).write_text("other")
     command("verify", copy)
+
+
+def test_what_is_copied_of_a_folder_that_cannot_be_written_to_can_be_deleted(run, source_with_card):
+    before, after = (each / "additional_chat_templates" for each in (source_with_card, run))
+    assert [bool(each.stat().st_mode & 0o200) for each in (before, after)] == [False, True]

@@ -38,6 +38,7 @@ _CONVERSION = 7
 # that was trained by itself has nothing of the embedding.
 _SAME_MATRIX = 0.2
 _ROWS = 4096  # that are compared
+_MOST_OF_A_NAME = 150  # bytes, of 255 that file systems mostly take
 _PATIENCE = 3600.0  # seconds for which another process that converts the same file is waited for
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -50,7 +51,8 @@ def import_gguf(path: Path) -> Path:
 
     Weights become bfloat16, or float32 or float16 where that is what the file mostly stores.
     """
-    target = _converted_directory() / f"{path.stem}-{sha256_of(path)[:16]}-v{_CONVERSION}"
+    stem = os.fsencode(path.stem)[:_MOST_OF_A_NAME].decode(errors="ignore")
+    target = _converted_directory() / f"{stem}-{sha256_of(path)[:16]}-v{_CONVERSION}"
     if not (target / "config.json").is_file():
         reader = gguf_reader(path)
         dtype = _stored_dtype(path, reader)

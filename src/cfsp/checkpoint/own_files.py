@@ -95,8 +95,11 @@ def copy_travelling_files(source_directory: Path, target: Path) -> None:
         stays = path.name in _OURS | _OF_THESE_WEIGHTS or path.name.endswith(".index.json")
         if not stays and path.is_file() and _is_one_of((*READ, *TERMS), path):
             _copy_without_code(path, target / path.name)
-    if (source_directory / TEMPLATES).is_dir():
-        shutil.copytree(source_directory / TEMPLATES, target / TEMPLATES)
+    for path in sorted((source_directory / TEMPLATES).rglob("*")):
+        if path.is_file():  # without its mode: that of a hub's cache may forbid to delete a copy
+            copy = target / path.relative_to(source_directory)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def _copy_without_code(path: Path, target: Path) -> None:

@@ -123,11 +123,18 @@ class FileTensor(StoredTensor):
         """Return the elements from one to another, flattened."""
         dtype = self.spec.dtype
         data = torch.empty((stop - start) * dtype.itemsize, dtype=torch.uint8)
-        with self.path.open("rb") as file:
-            file.seek(self._start + start * dtype.itemsize)
-            count = file.readinto(data.numpy().data)
-            if count < len(data) or _version(file.fileno()) != self._version:
-                raise ChangedFileError(f"{self.path} was changed while it was read; start again")
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._start + start * dtype.itemsize)
+                count = file.readinto(data.numpy().data)
+                is_as_before = count == len(data) and _version(file.fileno()) == self._version
+        except OSError as error:  # by whoever writes what is made of it, it would be the output
+            raise ChangedFileError(
+                f"{self.path} could be read before and now cannot: {error.strerror}; start again "
+                "when it can"
+            ) from error
+        if not is_as_before:
+            raise ChangedFileError(f"{self.path} was changed while it was read; start again")
         return data.view(dtype)
 
 

@@ -83,7 +83,7 @@ def write(reader: Reader, source: Checkpoint, out: Path) -> Written:
         layout = f"{ARCHITECTURE}, {len(widths)} blocks of {min(widths)} to {max(widths)} channels"
         layout += f", {gone} without attention" if gone else ""
     # transformers takes a head that is stored whatever is said here; others do not.
-    if "lm_head.weight" in source.specs.keys() - source.copies:
+    if "lm_head.weight" in source.parameters.keys() - source.copies:
         fields["tie_word_embeddings"] = False
     trust = "" if is_stock else reader.trust
     if trust:

@@ -7,11 +7,14 @@ machine in it.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path, PurePath
 from typing import TypeGuard
 
 from cfsp.checkpoint.locating import exists
+
+_QUOTED = r"'([^']+)'|\"([^\"]+)\""
 
 
 def is_hub_id(name: object) -> TypeGuard[str]:
@@ -39,14 +42,18 @@ def public_name(name: str) -> str:
 
 
 def public_command(command: str) -> str:
-    """Return a command with the public name of every path in it; that of --out is always one."""
-    plain = re.sub(r"(--out[ =])[^\s']*/", r"\1", " ".join(command.split()))
-    return re.sub(r"'([^']+)'|[^\s'\"=()]+", _public_word, plain)
+    """Return a command with the public name of every path in it; that of --out is always one.
 
-
-def _public_word(word: re.Match[str]) -> str:
-    quoted = word.group(1)
-    return public_name(word.group()) if quoted is None else f"'{public_name(quoted)}'"
+    It is of a shell, as `shlex.join` writes it, or a call in Python with paths in quotes.
+    """
+    if not command.startswith("cfsp "):
+        return re.sub(_QUOTED, lambda found: repr(public_name(found[1] or found[2])), command)
+    words: list[str] = []
+    for word in shlex.split(command):
+        option, sign, value = word.rpartition("=")
+        is_out = (option or words[-1:]) in ("--out", ["--out"])
+        words.append(option + sign + (PurePath(value).name if is_out else public_name(value)))
+    return shlex.join(words)
 
 
 def _last_parts(name: str, parts: int) -> str:
