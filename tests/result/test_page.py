@@ -106,6 +106,12 @@ def test_runs_of_different_models_get_tables_of_their_own(run, tmp_path):
     text = rendered([run, other], tmp_path)
     assert text.count("What went in and what came out:") == 2
     assert text.count('class="section"') == 4
+    # Of models that were only trained nobody knows whether they were one.
+    trained = [
+        changed_copy(run, tmp_path / name, lambda manifest: manifest.pop("base_model"))
+        for name in ("one", "two")
+    ]
+    assert [len(group.runs) for group in group_runs(read_runs([run, other, *trained]))] == [1] * 4
 
 
 def test_page_without_a_plan_leaves_out_what_it_shows(run, tmp_path):
@@ -198,6 +204,23 @@ def test_results_of_eval_and_bench_are_added(run, tmp_path):
     for new_tokens in (8, 32):
         shape = f"batch 1, prompt 64, {new_tokens} new tokens"
         assert f"decode, {shape} 10.0 19.0 {TIMES} 1.90" in words
+
+
+def test_timings_of_other_machines_share_no_row(run, tmp_path):
+    models = [read_run(run).base_name, str(run)]
+    for device in ("cpu", "cuda:0"):
+        found = timed(64, dict(zip(models, (1.0, 1.9), strict=True)))
+        for model in found["models"]:
+            model |= {"dtype": "bfloat16", "device": device, "threads": 2}
+            for workload in model["workloads"]:
+                workload["prefill"] = workload["prefill"] | {"too_busy": device == "cpu"}
+        (tmp_path / f"{device}.json").write_text(json.dumps(found))
+    paths = [tmp_path / f"{device}.json" for device in ("cpu", "cuda:0")]
+    words = words_of(rendered([run], tmp_path, *paths))
+    shape = "prefill, batch 1, prompt 64"
+    assert f"{shape} bfloat16 on cpu, 2 threads, too busy for a ratio 10.0 19.0" in words
+    assert f"{shape} bfloat16 on cuda:0 10.0 19.0 {TIMES} 1.90" in words
+    assert f"too busy for a ratio 10.0 19.0 {TIMES}" not in words
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +322,12 @@ def test_results_of_another_folder_are_known_by_their_weights(
     page_with(found, run)
     (told,) = caplog.messages
     assert f"the results of {found['models'][0]['model']} are of other weights and left" in told
+    # As of a model that was pruned twice, measured against the first of all.
+    caplog.clear()
+    found["models"][0]["model"] = found["models"][1]["agreement"]["against"] = "the first"
+    page_with(found, run)
+    (told,) = caplog.messages
+    assert "its agreement in the results are with the first, which is not what it was" in told
 
 
 def test_answers_stand_side_by_side_by_kind(run, results, tmp_path):

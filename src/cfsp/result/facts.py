@@ -166,6 +166,10 @@ class Fact:
         measured_on = "" if self.heading == SIZE else self.detail
         return self.heading, self.name, self.text, self.conditions, measured_on
 
+    def of(self, side: str, number: Number) -> Fact:
+        """Return the same with a number of the original, `before`, or of the other, `after`."""
+        return replace(self, before=number) if side == "before" else replace(self, after=number)
+
     @property
     def change(self) -> str:
         """What came of it: −20.1%, × 1.27; empty where that says nothing."""
@@ -265,6 +269,26 @@ def perplexity_facts(manifest: Mapping[str, Any]) -> list[Fact]:
 def perplexity_fact(conditions: Conditions) -> Fact:
     """Return the fact of a perplexity, still without numbers."""
     return Fact(QUALITY, "perplexity", PERPLEXITY, text=conditions.text, conditions=conditions)
+
+
+def speed_facts(first: Mapping[str, Any], both: Mapping[str, Mapping[str, Any]]) -> list[Fact]:
+    """Return tokens per second by phase and workload; ratios if the first is the original."""
+    facts, compared = [], both.get("before") is first
+    for side, model in both.items():
+        how = [f"{model['dtype']} on {model['device']}"] if "device" in model else []
+        how += [counted(model["threads"], "threads")] if model.get("device") == "cpu" else []
+        for workload in model["workloads"]:
+            shape = f"batch {workload['batch']}, prompt {workload['prompt']}"
+            generated = f", {workload['new_tokens']} new tokens"
+            for phase, more in (("prefill", ""), ("decode", generated)):
+                figures = workload[phase]
+                busy = ["too busy for a ratio"] if figures.get("too_busy") else []
+                has_ratio = side == "after" and compared and not busy
+                ratio = float(figures["ratio"]) if has_ratio else None
+                name, detail = f"{phase}, {shape}{more}", ", ".join([*how, *busy])
+                fact = Fact(SPEED, name, RATE, detail=detail, ratio=ratio)
+                facts.append(fact.of(side, Number(float(figures["tokens_per_second"]))))
+    return facts
 
 
 def what_went(manifest: Mapping[str, Any], *, by_channels: bool = True) -> str:

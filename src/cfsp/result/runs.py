@@ -29,7 +29,6 @@ from cfsp.result.facts import (
     PARAMETERS,
     PERCENT,
     QUALITY,
-    RATE,
     SIZE,
     SPEED,
     Conditions,
@@ -40,6 +39,7 @@ from cfsp.result.facts import (
     perplexity_fact,
     perplexity_facts,
     size_facts,
+    speed_facts,
 )
 from cfsp.result.manifest import digest_of_plan, plan_beside, read_manifest, refusing_damage
 from cfsp.result.names import short_names
@@ -167,7 +167,7 @@ def read_run(directory: Path) -> RunFacts:
             *perplexity_facts(manifest),
             *_comparison_facts(manifest.get("comparison") or {}, manifest.get("perplexity") or {}),
             # Where the demonstration has put it.
-            *(_speed_facts(speed[0], {_SIDES[m["model"]]: m for m in speed}) if speed else []),
+            *(speed_facts(speed[0], {_SIDES[m["model"]]: m for m in speed}) if speed else []),
         ]
         return RunFacts(directory.resolve().name, directory, manifest, joined(facts), plan)
 
@@ -263,7 +263,7 @@ def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunF
     """
     models = results["models"]
     names = [str(model["model"]) for model in models]
-    facts_of = partial(_speed_facts, models[0]) if "workloads" in models[0] else _quality_facts
+    facts_of = partial(speed_facts, models[0]) if "workloads" in models[0] else _quality_facts
     sides = [run.sides_in(models) for run in runs]
     extended = [
         replace(
@@ -280,13 +280,24 @@ def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunF
             f"{', '.join(names)}; measure again what has changed since"
         )
     for run, both in zip(runs, sides, strict=True):
-        for name, called in zip(names, map(run.called, models), strict=True):
-            if any(called[side] and side not in both for side in called):
-                logger.warning(
-                    "%s: the results of %s are of other weights and left out; measure again what "
-                    "has changed since",
-                    *(run.name, name),
-                )
+        others = [
+            name
+            for name, called in zip(names, map(run.called, models), strict=True)
+            if any(called[side] and side not in both for side in called)
+        ]
+        for name in others:
+            logger.warning(
+                "%s: the results of %s are of other weights and left out; measure again what "
+                "has changed since",
+                *(run.name, name),
+            )
+        against = both.get("after", {}).get("agreement")
+        if against and "before" not in both and not others:
+            logger.warning(
+                "%s: its answers and its agreement in the results are with %s, which is not what "
+                "it was made from; they are left out",
+                *(run.name, against["against"]),
+            )
     return extended
 
 
@@ -296,7 +307,7 @@ def measured_runs(models: Sequence[Mapping[str, Any]], *, compares: bool) -> lis
     for model in models[compares:]:
         both = {**({"before": models[0]} if compares else {}), "after": model}
         parameters = Fact(SIZE, PARAMETERS, COUNT)
-        facts = [_on(side, Number(m["parameters"]), parameters) for side, m in both.items()]
+        facts = [parameters.of(side, Number(m["parameters"])) for side, m in both.items()]
         facts += _quality_facts(both)
         own = str(model["model"])
         runs.append(RunFacts(names[own], Path(own), {}, joined(facts, finite=False)))
@@ -309,7 +320,7 @@ def _quality_facts(both: Sides) -> list[Fact]:
     for side, model in both.items():
         for text, entry in model["perplexity"].items():
             fact = perplexity_fact(Conditions.of(text, entry))
-            facts.append(_on(side, Number(float(entry["value"])), fact))
+            facts.append(fact.of(side, Number(float(entry["value"]))))
         for task, scores in model.get("tasks", {}).items():
             for metric, unit in _SCORES.items():
                 if metric in scores:
@@ -318,7 +329,7 @@ def _quality_facts(both: Sides) -> list[Fact]:
                     detail = _examined(scores)
                     name = f"{task}, {metric}{', nats' if unit is NATS else ''}"
                     fact = Fact(TASKS, name, unit, detail=detail)
-                    facts.append(_on(side, number, fact))
+                    facts.append(fact.of(side, number))
     before, after = (both.get(side, {}) for side in ("before", "after"))
     if "windows" in before and "windows" in after:
         dense, pruned = (measured_model("the results", dict(each)) for each in (before, after))
@@ -337,22 +348,6 @@ def _answer_documents(both: Sides) -> list[tuple[Document, Document]]:
         [{key: each[key] for key in keys} for each in answers["documents"]] for answers in asked
     )
     return list(zip(*pairs, strict=True))
-
-
-def _speed_facts(first: Mapping[str, Any], both: Sides) -> list[Fact]:
-    """Return tokens per second by phase and workload; ratios if the first is the original."""
-    facts, compared = [], both.get("before") is first
-    for side, model in both.items():
-        for workload in model["workloads"]:
-            shape = f"batch {workload['batch']}, prompt {workload['prompt']}"
-            generated = f", {workload['new_tokens']} new tokens"
-            for phase, more in (("prefill", ""), ("decode", generated)):
-                figures = workload[phase]
-                has_ratio = side == "after" and compared and not figures.get("too_busy")
-                ratio = float(figures["ratio"]) if has_ratio else None
-                fact = Fact(SPEED, f"{phase}, {shape}{more}", RATE, ratio=ratio)
-                facts.append(_on(side, Number(float(figures["tokens_per_second"])), fact))
-    return facts
 
 
 def _comparison_facts(comparison: Mapping[str, Any], measured: Mapping[str, Any]) -> list[Fact]:
@@ -393,7 +388,3 @@ def _examined(task: Mapping[str, Any]) -> str:
 def _number(estimate: Mapping[str, Any]) -> Number:
     error = estimate.get("stderr")
     return Number(float(estimate["value"]), None if error is None else float(error))
-
-
-def _on(side: str, number: Number, fact: Fact) -> Fact:
-    return replace(fact, before=number) if side == "before" else replace(fact, after=number)

@@ -102,7 +102,8 @@ def group_runs(runs: Sequence[RunFacts]) -> list[ModelGroup]:
     """Put runs of the same original together, and draw each group's charts."""
     by_base: dict[str, list[RunFacts]] = {}
     for run in runs:
-        base = run.manifest.get("base_model", {}).get("fingerprint", run.base_name)
+        # Of a model that was never pruned nobody noted it: it is nobody else's.
+        base = run.manifest.get("base_model", {}).get("fingerprint", str(run.directory))
         by_base.setdefault(base, []).append(run)
     groups = []
     for group in by_base.values():
