@@ -115,7 +115,7 @@ def test_it_is_that_of_the_whole_models(
     assert summary["divergence"]["value"] == pytest.approx(sum(divergences) / tokens, rel=1e-4)
     assert summary["agreed"]["value"] == pytest.approx(sum(agreed) / tokens, abs=1e-6)
     conditions = {"tokens": 4 * 23, "windows": 4, "seqlen": 24, "bos": False}
-    conditions |= {"evaluation_part": False, "tokens_digest": windows.digest}
+    conditions |= {"evaluation_part": False, "tokens_digest": windows.digest, "dtype": "float32"}
     measured = [each["perplexity"][str(text_file)] for each in (first, second)]
     before, after = (each.pop("value") for each in measured)
     assert measured == [conditions] * 2
@@ -191,7 +191,7 @@ def test_what_is_printed(tiny_checkpoint, text_file, other_text_file, command):
     assert math.isfinite(float(lines[3].removeprefix(rows[1]).split()[0]))
     assert lines[5].count("±") == lines[6].count("±") == 1
     assert lines[10:12] == [
-        f"{heading}: 3 windows of 256 tokens, without BOS, 765 predicted tokens"
+        f"{heading}: 3 windows of 256 tokens, without BOS, in float32, 765 predicted tokens"
         for heading in ("Perplexity", "Agreement with the original")
     ]
     assert ": perplexity ratio " in lines[-2] and " in the geometric mean, " in lines[-2]
@@ -237,7 +237,7 @@ def test_it_is_the_whole_models(name):
     model, windows = build_tiny_model(name), random_windows()
     found = streamed(LoadedModel(model), windows)
     assert found.pop("value") == pytest.approx(plain(model, windows), rel=1e-5)
-    conditions = {"tokens": 5 * 11, "windows": 5, "seqlen": 12, "bos": False}
+    conditions = {"tokens": 5 * 11, "windows": 5, "seqlen": 12, "bos": False, "dtype": "float32"}
     assert found == {**conditions, "evaluation_part": False, "tokens_digest": windows.digest}
 
 

@@ -150,7 +150,7 @@ def test_numbers_of_the_manifest_are_in_the_facts(run, text_file):
     (row,) = tables["Perplexity"]
     assert [c.value for c in row.cells] == [f"{value[side]:.2f}" for side in ("before", "after")]
     assert row.name.endswith(f"/{text_file.name}") and row.hint == "62 predicted tokens"
-    assert row.detail.endswith("without BOS; calibrated or trained on this text")
+    assert row.detail.endswith("without BOS, in float32; calibrated or trained on this text")
 
 
 def test_every_part_that_lost_something_is_a_fact():

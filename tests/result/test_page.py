@@ -195,6 +195,14 @@ def test_results_of_eval_and_bench_are_added(run, tmp_path):
     both = words_of(rendered([run], tmp_path, evaluation, tmp_path / "few.json"))
     assert re.search(rf"piqa, acc 1 document {NOTHING} 70\.0 . 1\.1", both)
     assert re.search(r"piqa, acc 100 documents 61\.0 51\.0 . 1\.1", both)
+    # And so it is of one that computes in another dtype.
+    in_half = {"news": {"value": 21.0, **how, "dtype": "bfloat16"}}
+    half = {"models": [{**measured[1], "perplexity": in_half}]}
+    (tmp_path / "half.json").write_text(json.dumps(half))
+    apart = words_of(rendered([run], tmp_path, evaluation, tmp_path / "half.json"))
+    shape = "perplexity, news 2 windows of 51 tokens, with BOS"
+    assert f"{shape} 20.00 25.00 {TIMES} 1.25" in apart
+    assert f"{shape}, in bfloat16 {NOTHING} 21.00" in apart
     # The original may have been measured alone.
     for number, model in enumerate(measured):
         (tmp_path / f"{number}.json").write_text(json.dumps({"models": [model]}))
@@ -237,7 +245,7 @@ def results(run, text_file, tmp_path_factory) -> Path:
 
 def test_pairs_with_the_original(run, results, tmp_path):
     words = words_of(rendered([run], tmp_path, results))
-    how = "3 windows of 24 tokens, without BOS; calibrated or trained on this text"
+    how = "3 windows of 24 tokens, without BOS, in float32; calibrated or trained on this text"
     assert re.search(rf"KL per token, nats, \S+ {how} {NOTHING} \d\.\d+ ± \d\.\d+", words)
     assert re.search(rf"top-1 agreement, percent, \S+ {how} {NOTHING} \d+\.\d ± ", words)
 

@@ -64,7 +64,7 @@ def perplexity_of(loss: float, windows: Windows, label: str, dtype: torch.dtype)
 
     Only what has the same conditions compares: how many `tokens` were predicted, in how many
     `windows` of `seqlen` tokens, whether each begins with `bos`, whether nothing is calibrated or
-    trained on that part of the text, the `evaluation_part`, and which tokens they are.
+    trained on that part of the text, the `evaluation_part`, which tokens they are, and the `dtype`.
     """
     return {
         "value": round(math.exp(min(mean_loss(loss, windows, label, dtype), 700.0)), 4),
@@ -74,6 +74,7 @@ def perplexity_of(loss: float, windows: Windows, label: str, dtype: torch.dtype)
         "bos": windows.bos,
         "evaluation_part": windows.evaluation_part,
         "tokens_digest": windows.digest,
+        "dtype": str(dtype).removeprefix("torch."),
     }
 
 

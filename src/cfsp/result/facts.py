@@ -58,6 +58,7 @@ class Conditions:
     bos: bool
     evaluation_part: bool  # of the text, that nothing is calibrated or trained on
     tokens_digest: str  # of the windows; '' where an older version measured
+    dtype: str  # that it was computed in; '' where an older version measured
 
     @classmethod
     def of(cls, text: str, entry: Mapping[str, Any]) -> Conditions:
@@ -70,6 +71,7 @@ class Conditions:
             bool(entry["bos"]),
             bool(entry["evaluation_part"]),
             str(entry.get("tokens_digest", "")),
+            str(entry.get("dtype", "")),
         )
 
     def beside(self, models: Mapping[str, Mapping[str, Any]]) -> str:
@@ -89,7 +91,8 @@ class Conditions:
     def __str__(self) -> str:
         """Return all but the text: `12 windows of 1,024 tokens, with BOS`."""
         bos = "with BOS" if self.bos else "without BOS"
-        return f"{counted(self.windows, 'windows')} of {self.seqlen:,} tokens, {bos}"
+        how = f"{counted(self.windows, 'windows')} of {self.seqlen:,} tokens, {bos}"
+        return f"{how}, in {self.dtype}" if self.dtype else how
 
 
 def recoveries(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
