@@ -140,8 +140,10 @@ def prune(
             if trained is None:
                 return report
             # Of what lies there: the manifest has both steps.
-            after = {text: {"after": found["after"]} for text, found in trained.perplexity.items()}
-            perplexity = {text: found | after[text] for text, found in report.perplexity.items()}
+            perplexity = {
+                text: found | {key: trained.perplexity[text][key] for key in ("after", "dtype")}
+                for text, found in report.perplexity.items()
+            }
             return replace(report, out=trained.out, perplexity=perplexity)
         return prune_checkpoint(source, new, settings, command=command)
     if tokenizer is None or out is not None or eval:

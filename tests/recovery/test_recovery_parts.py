@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,9 +26,11 @@ from cfsp.recovery import loss as module
 from cfsp.recovery.adaptation import allocate_ranks, ranks_of
 from cfsp.recovery.data import WindowData, answer_tokens, read_text
 from cfsp.recovery.loss import IGNORED, Outputs, language_model_loss
-from cfsp.recovery.settings import Adaptation, Limit, Training
+from cfsp.recovery.settings import MOST_TOKENS, Adaptation, Limit, Training
 from cfsp.text import sources
+from cfsp.text.drawing import spread_documents
 from cfsp.text.offline import KINDS
+from cfsp.text.sources import TextSource
 
 CHAT = (
     "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>\n{% endfor %}"
@@ -129,6 +131,19 @@ def test_no_more_is_read_than_a_run_needs(tokenizer, tmp_path, monkeypatch):
     assert found("c4")[1] == [*range(len(found("c4")[1]))] != numbers
 
 
+def test_of_chats_answers_count_and_a_long_text_is_taken_in_long_pieces(tmp_path):
+    chat, prose = tmp_path / "chat.jsonl", tmp_path / "prose.txt"
+    asked = {"role": "user", "content": "q" * 1000}, {"role": "assistant", "content": "a" * 10}
+    chat.write_text("\n".join([json.dumps({"messages": asked})] * 50))
+    found = spread_documents(TextSource(str(chat), "calibration"), 100, 0)
+    assert len(found) == 10 and found[-1][0] > 10
+    prose.write_text("a river\n" * 100_000)
+    whole = spread_documents(TextSource(str(prose), "calibration"), math.inf, 0)
+    numbers = [n for n, _ in spread_documents(TextSource(str(prose), "calibration"), 200_000, 0)]
+    assert 45 < len(numbers) < 60 < 180 < len(whole)
+    assert sum(b > a + 1 for a, b in pairwise(numbers)) <= 4
+
+
 def test_what_a_run_needs_of_a_text():
     few = Training(Limit(steps=3))
     many = Training(Limit(steps=1000), batch_windows=4, seqlen=256)
@@ -136,6 +151,7 @@ def test_what_a_run_needs_of_a_text():
     assert many.most_tokens(1) == many.most_tokens(3) == 1000 * 4 * 256
     an_hour = Training(Limit(minutes=60))
     assert an_hour.most_tokens(1) == 3 * an_hour.most_tokens(3) == 3600 * 10_000
+    assert Training(Limit(minutes=100_000)).most_tokens(1) == MOST_TOKENS
     assert Training().most_tokens(1) == math.inf
 
 

@@ -20,6 +20,7 @@ from cfsp.result.facts import (
     Conditions,
     Fact,
     joined,
+    perplexities,
     size_facts,
     texts_that_made,
     what_went,
@@ -100,6 +101,19 @@ def test_conditions_say_whether_the_text_made_the_model(text, evaluation_part, w
     assert told == f"1 window of 10 tokens, without BOS{words}"
 
 
+def test_a_recovery_is_beside_a_pruning_that_noted_no_dtype():
+    """As the versions before did; another dtype that is known is another number."""
+    entry = {"windows": 1, "seqlen": 512, "bos": False, "tokens": 511, "evaluation_part": False}
+    pruned: dict[str, Any] = {"news": {**entry, "before": 20.0, "after": 25.0}}
+    trained = {"news": {**entry, "dtype": "float32", "before": 25.0, "after": 22.0}}
+    manifest = {"criterion": {}, "perplexity": pruned, "recovery": {"perplexity": trained}}
+    (found,) = perplexities(manifest).items()
+    assert found[0].dtype == "float32"
+    assert found[1] == {"dense": 20.0, "pruned": 25.0, "recovered": 22.0}
+    pruned["news"]["dtype"] = "bfloat16"
+    assert [*map(len, perplexities(manifest).values())] == [2, 2]
+
+
 def test_one_of_a_thing_is_said_as_one():
     assert counted(1, "windows") == "1 window"
     assert counted(2000, "steps") == "2,000 steps"
@@ -131,7 +145,11 @@ def test_no_path_of_a_command_is_public():
     words += ["statistics=/home/me/S", "--out", "/home/me/o b"]
     public = shlex.join([*words[:2], "m", "--data", "it's.txt", "--set", "statistics=S"])
     assert public_command(shlex.join(words)) == f"{public} --out 'o b'"
-    for name in ("/home/me/model", "/home/o'brien/model"):
+    typed = "cfsp prune /home/me/run=3/m --data /home/a=b/y.txt --out=/home/me/a=b/c"
+    assert public_command(typed) == "cfsp prune m --data y.txt --out=c"
+    assert public_command("cfsp prune a/b --out a/b=c/d") == "cfsp prune a/b --out d"
+    assert public_command("cfsp prune /a/b it's") == shlex.join(["cfsp", "prune", "b", "it's"])
+    for name in ("/home/me/model", "/home/o'brien/model", "/home/o'b\"x/y\\z/model"):
         assert public_command(f"cfsp.recover({name!r}, ...)") == "cfsp.recover('model', ...)"
     assert public_name("mixed/books") == "mixed/books" and public_name("/a/b.txt") == "b.txt"
 

@@ -335,7 +335,9 @@ def test_results_of_another_folder_are_known_by_their_weights(
     found["models"][0]["model"] = found["models"][1]["agreement"]["against"] = "the first"
     page_with(found, run)
     (told,) = caplog.messages
-    assert "its agreement in the results are with the first, which is not what it was" in told
+    assert (
+        "its agreement in the results, on text or answers, is with the first, which is not" in told
+    )
 
 
 def test_answers_stand_side_by_side_by_kind(run, results, tmp_path):

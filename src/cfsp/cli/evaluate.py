@@ -186,8 +186,8 @@ def _print(found: dict[str, Any], args: argparse.Namespace) -> None:
     for heading, of_heading in by_heading.items():
         # What most of them have is said once.
         (usual, _), *_ = Counter((row.detail, row.hint) for row in of_heading).most_common()
-        others = {row.name: (row.detail, row.hint) for row in of_heading}
-        for name, how in {heading: usual, **others}.items():
+        others = dict.fromkeys((row.name, (row.detail, row.hint)) for row in of_heading)
+        for name, how in [(heading, usual), *others]:
             if how[0] and (name == heading or how != usual):
                 print(f"{name}: {', '.join(filter(None, how))}")
     for model in models:

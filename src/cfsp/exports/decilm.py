@@ -84,7 +84,8 @@ def write(reader: Reader, source: Checkpoint, out: Path) -> Written:
         layout += f", {gone} without attention" if gone else ""
     # transformers takes a head that is stored whatever is said here; others do not.
     if "lm_head.weight" in source.parameters.keys() - source.copies:
-        fields["tie_word_embeddings"] = False
+        for part in (fields, fields.get("text_config", {})):  # each reader asks one of them
+            part["tie_word_embeddings"] = False
     trust = "" if is_stock else reader.trust
     if trust:
         fields["auto_map"] = {"AutoConfig": f"{_CODE_FILE.removesuffix('.py')}.DeciLMConfig"}

@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from cfsp.errors import TextError
 from cfsp.progress import item_progress
 from cfsp.recovery.loss import IGNORED
+from cfsp.recovery.settings import MOST_TOKENS
 from cfsp.settings import Bos, Text
 from cfsp.text.drawing import (
     document_tokens,
@@ -169,8 +170,8 @@ def _documents(
     source: TextSource, tokenizer: PreTrainedTokenizerBase, most: float, seed: int
 ) -> Iterator[Tensor]:
     """Yield the tokens and the labels of each document as [2, R]."""
-    if source.on_hub and most == math.inf:
-        most = _PASS_OVER_A_HUB_TEXT
+    if source.on_hub:
+        most = _PASS_OVER_A_HUB_TEXT if most == math.inf else min(most, MOST_TOKENS)
     if source.is_chat:
         check_has_template(tokenizer)
         if not getattr(tokenizer, "is_fast", False):

@@ -31,9 +31,10 @@ RELATIVE_RATES: dict[Method, float] = {"lora": 1e-2, "full": 1e-3}
 # Who teaches: the dense model that was pruned, where it is at hand, or nobody.
 AUTO_TEACHER, NO_TEACHER = "auto", "none"
 
-# Of each text at least so many tokens are read, so that what is held out says something. A run of
-# minutes reads as many as it can make from text in a small part of them.
+# Of each text at least so many tokens are read, so that what is held out says something; and of one
+# that may have no end, or in minutes that do not tell how many are needed, no more than fit.
 _LEAST_TOKENS = 1 << 17
+MOST_TOKENS = 50_000_000
 _TOKENS_IN_A_SECOND = 10_000
 
 # Far beyond any run; what a run that the clock ends reports to the Trainer as its steps.
@@ -170,11 +171,12 @@ class Training(Declared):
     def most_tokens(self, texts: int) -> float:
         """Return the most tokens of one of so many texts that a run needs; infinite for a pass.
 
-        Minutes are for as many as a fast machine comes to; reading them takes a fraction.
+        Minutes are for as many as can be made from text in a small part of them.
         """
         limit = self.limit
         if limit.minutes is not None:
-            return max(_LEAST_TOKENS, 60 * limit.minutes * _TOKENS_IN_A_SECOND / texts)
+            some = 60 * limit.minutes * _TOKENS_IN_A_SECOND / texts
+            return max(_LEAST_TOKENS, min(some, MOST_TOKENS))
         steps = math.inf if limit.steps is None else limit.steps
         return max(_LEAST_TOKENS, steps * self.windows_in_step * self.seqlen)
 

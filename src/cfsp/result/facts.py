@@ -144,7 +144,12 @@ def perplexities(manifest: Mapping[str, Any]) -> dict[Conditions, dict[str, floa
         sides += [(before, "before", stages[0]), ("recovered", "after", stages[-1])]
     for model, side, table in sides:
         for text, value in (table.get("perplexity") or {}).items():
-            found.setdefault(Conditions.of(text, value), {})[model] = float(value[side])
+            how = Conditions.of(text, value)
+            # A version that noted no dtype has pruned what this one recovered.
+            same = (each for each in found if not each.dtype and each == replace(how, dtype=""))
+            if unnoted := next(same, None):
+                found[how] = found.pop(unnoted)
+            found.setdefault(how, {})[model] = float(value[side])
     return found
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 import shlex
+from ast import literal_eval
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import TypeGuard
 
 from cfsp.checkpoint.locating import exists
 
-_QUOTED = r"'([^']+)'|\"([^\"]+)\""
+_QUOTED = r"'(?:[^'\\]|\\.)+'|\"(?:[^\"\\]|\\.)+\""  # a text of one line, as repr writes it
 
 
 def is_hub_id(name: object) -> TypeGuard[str]:
@@ -47,13 +49,20 @@ def public_command(command: str) -> str:
     It is of a shell, as `shlex.join` writes it, or a call in Python with paths in quotes.
     """
     if not command.startswith("cfsp "):
-        return re.sub(_QUOTED, lambda found: repr(public_name(found[1] or found[2])), command)
-    words: list[str] = []
-    for word in shlex.split(command):
-        option, sign, value = word.rpartition("=")
-        is_out = (option or words[-1:]) in ("--out", ["--out"])
-        words.append(option + sign + (PurePath(value).name if is_out else public_name(value)))
-    return shlex.join(words)
+        return re.sub(_QUOTED, lambda found: repr(public_name(literal_eval(found[0]))), command)
+    try:
+        words = shlex.split(command)
+    except ValueError:  # somebody has changed it
+        words = command.split()
+    public: list[str] = []
+    for before, word in pairwise(["", *words]):
+        name, sign, value = "", "", word
+        if before == "--set" or word.startswith("--"):
+            name, sign, value = word.partition("=")
+        is_out = "--out" in (name, before)
+        shown = (PurePath(value).name or value) if is_out else public_name(value)
+        public.append(name + sign + shown if sign else shown or name)
+    return shlex.join(public)
 
 
 def _last_parts(name: str, parts: int) -> str:

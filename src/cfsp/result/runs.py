@@ -294,8 +294,8 @@ def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunF
         against = both.get("after", {}).get("agreement")
         if against and "before" not in both and not others:
             logger.warning(
-                "%s: its answers and its agreement in the results are with %s, which is not what "
-                "it was made from; they are left out",
+                "%s: its agreement in the results, on text or answers, is with %s, which is not "
+                "what it was made from; it is left out",
                 *(run.name, against["against"]),
             )
     return extended

@@ -171,7 +171,7 @@ def select(job: Job, constraint: Constraint, statistics: Statistics) -> tuple[Pl
 
     with job.work_dir.watch.stage("try"):
         kept = job.work_dir.once(name, compare)
-    constraint.tried[:] = [Attempt(**each) for each in kept["tried"]]
+    constraint.tried[:] = [Attempt(**each) for each in kept.get("tried", ())]
     found = [
         Scored(Candidate.from_json(each["candidate"]), each["masked"], each["repaired"])
         for each in kept["scored"]

@@ -314,7 +314,7 @@ def _rows(sweep: _Sweep, dense: dict[str, Any]) -> list[Row]:
         if row.conditions != first.conditions:
             raise OutputError(
                 f"{row.directory} was not measured as the dense model of its sweep was, perhaps by "
-                "another version; delete it and run the sweep again"
+                f"another version; delete it and {_DENSE_FILE} beside it, and run the sweep again"
             )
     return [first, *rows]
 

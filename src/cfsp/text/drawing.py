@@ -41,6 +41,7 @@ _CHUNK_CHARACTERS = 1_500_000  # at most so many characters are made tokens at o
 # So much of a long text is drawn from, at least: pieces of some windows one after the other.
 _DRAWN_CHARACTERS = 4_000_000
 _PIECE_CHARACTERS = 16_000
+_TOGETHER = 16  # pieces of a text file
 _CHARACTERS_OF_TOKEN = 32  # more than any tokenizer makes one token of, on the mean
 
 
@@ -249,21 +250,30 @@ def spread_documents(
 ) -> list[tuple[int, str | Conversation]]:
     """Return documents of a text with their numbers, from all over it, in their order.
 
-    Together they have `most` characters and few more, or they are all that there are. Of a data set
-    on the hub, which may have no end, the beginning is taken.
+    Together they have `most` characters and few more, or they are all that there are; of
+    conversations the answers count. What follows one another in a text without documents stays
+    together. Of a data set on the hub, which may have no end, the beginning is taken.
     """
-    random = Random(seed)
+    random, together = Random(seed), _TOGETHER if source.is_in_pieces else 1
     kept: list[tuple[float, int, str | Conversation]] = []  # a heap, from which the first goes next
-    total = 0
+    place, total = 0.0, 0
     for number, document in enumerate(source.documents(), start=1):
-        heappush(kept, (random.random(), number, document))
-        total += len(str(document))
+        place = random.random() if number % together == 1 % together else place
+        heappush(kept, (place, number, document))
+        total += _counted_characters(document)
         if source.on_hub and total >= most:
             break
-        while total - (least := len(str(kept[0][2]))) >= most:
+        while total - (least := _counted_characters(kept[0][2])) >= most:
             heappop(kept)
             total -= least
     return sorted(pair[1:] for pair in kept)
+
+
+def _counted_characters(document: str | Conversation) -> int:
+    if isinstance(document, str):
+        return len(document)
+    # One at least: a text without answers has an end too.
+    return sum(len(each["content"]) for each in document if each["role"] == "assistant") or 1
 
 
 def document_tokens(

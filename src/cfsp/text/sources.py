@@ -107,9 +107,13 @@ class TextSource:
     @property
     def separator(self) -> str:
         """What stands between two documents, unless a template or the text itself writes it."""
+        return "" if self.is_in_pieces or self.is_chat else "\n\n"
+
+    @property
+    def is_in_pieces(self) -> bool:
+        """Whether what it yields are not documents, but pieces of one that follow one another."""
         where = self.place[0]
-        in_pieces = isinstance(where, Path) and is_text_file(where)
-        return "" if in_pieces or self.is_chat else "\n\n"
+        return isinstance(where, Path) and is_text_file(where)
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
         """Yield the documents; of conversations the text that the chat template makes."""
