@@ -101,6 +101,7 @@ def test_what_is_left_is_told_and_that_it_is_much(wordy, argv, estimate, tmp_pat
         (["--sparsity", "0.5", "--effort", "best"], "--effort best"),
         (["--sparsity", "0.5", "--repair", "sequential"], "--repair sequential"),
         (["--sparsity", "0.5", "--dry-run"], "--dry-run"),
+        (["--sparsity", "0.5", "--eval", "mixed"], "--eval"),
         (["--target-params", "0.8"], "--target-params"),
         (["--parts", "attention", "--remove", "1"], "--parts attention"),
     ],

@@ -249,6 +249,19 @@ def test_two_measurements_of_one_model_are_told_of(write, caplog):
     ]
 
 
+def test_models_in_different_dtypes_are_told_of(write, command):
+    whole, half = (
+        {**model(name, number), "dtype": dtype}
+        for number, (name, dtype) in enumerate([("dense", "float32"), ("half", "bfloat16")])
+    )
+    told = command("compare", write("a.json", whole, half)).err
+    assert told == (
+        "computed were dense in float32 and half in bfloat16: the differences are of rounding too\n"
+    )
+    alike = {**half, "dtype": "float32"}
+    assert not command("compare", write("a.json", whole, alike)).err
+
+
 def test_what_is_printed_is_narrow_whatever_files_are_called(write, command):
     text = f"/home/{'somebody/' * 12}news/test.jsonl"
     models = [model(name, seed) for seed, name in ((1, "a"), (2, "b"))]

@@ -430,3 +430,5 @@ def test_what_is_wrong_with_a_file_is_told_before_any_pass(
         assert message in command(*argv, task, status=2).err
     absent = ("--task-data", tmp_path / "absent")
     assert "does not exist" in command(*argv, "piqa", *absent, status=2).err
+    a_file = ("--task-data", tmp_path / "piqa.jsonl")
+    assert "is no directory" in command(*argv, "piqa", *a_file, status=2).err

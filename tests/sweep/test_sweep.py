@@ -24,7 +24,7 @@ from cfsp.result.manifest import read_manifest
 from cfsp.result.tables import pareto_front
 from cfsp.settings import Budget, Compute
 from cfsp.sweep import run
-from cfsp.sweep.run import loss_rise
+from cfsp.sweep.rows import loss_rise
 from cfsp.sweep.settings import SweepSettings, method_named
 
 
@@ -96,18 +96,19 @@ def test_it_asks_the_dense_model_once_and_compares_with_it(
     arguments = [
         "sweep", model, "--sparsity", "25%", "50%", "--multiple", 4, "--data", text_file,
         "--samples", 8, "--seqlen", 32, "--eval", text_file, "--windows", 2, "--tasks", "piqa",
-        "--limit", 4, "--task-data", tmp_path, "--answers", tmp_path / "chats.jsonl", "--out", out,
+        "--limit", 4, "--task-data", tmp_path, "--answers", tmp_path / "chats.jsonl",
+        "--set", "batch_windows=3", "--out", out,
     ]  # fmt: skip
     turns = [[{"role": "user", "content": f"river {number}"}] for number in range(2)]
     (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": x}) for x in turns))
     streamed = noted(evaluate, "streamed_sums", lambda *given, **_: given[-1])
     answering = noted(evaluate, "answers_of", lambda *given: given[-1])
-    reading = noted(TaskRunner, "read_data", lambda _runner: None)
+    reading = noted(TaskRunner, "read_data", lambda runner: runner.selection.batch)
     told = command(*arguments).err
     assert told.count("8 windows calibrate and repair") == told.count("has little to spare") == 1
     of_dense = [label for label in streamed if label.startswith(str(model))]
     assert (len(of_dense), len(streamed)) == (2, 2 + 4)  # a text and the answers
-    assert len(reading) == 1
+    assert reading == [3]
     assert len(answering) == 3 and answering[0].startswith(str(model))
     dense, pruned, _more = read_json(out / "table.json")
     assert dense["comparison"] is None
@@ -129,6 +130,13 @@ def test_it_asks_the_dense_model_once_and_compares_with_it(
     assert "KL per token on the original&#39;s answers, nats" in html
     assert "piqa, answers as the original" in html
     assert "the original does not beat a guess; not in the mean" in html
+    # Other questions have no place beside these.
+    turns.append(turns[0])
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps({"messages": x}) for x in turns))
+    assert "(other answers)" in command(*arguments, status=2).err
+    (out / "dense.json").unlink()
+    error = command(*arguments, status=2).err
+    assert f"{out / 'cfsp-0.25'} was not measured as the dense model" in error
 
 
 def test_a_sweep_does_not_go_on_with_another_text_or_other_weights(
@@ -211,6 +219,21 @@ def test_one_pass_repairs_all_models_and_a_killed_sweep_needs_no_other(
     assert made["files"]["model.safetensors"] == expected["files"]["model.safetensors"]
 
 
+def test_passes_are_kept_beside_what_is_still_to_be_made(
+    sweep, tmp_path, command, monkeypatch, noted
+):
+    """Of a list that became longer, or where one model was deleted, the last may be there."""
+    arguments, whole = sweep
+    out = shutil.copytree(whole, tmp_path / "out")
+    shutil.rmtree(out / "cfsp-0.25")
+    again = [*arguments[:-1], out]
+    noted(run, "compare", lambda *_: None, dies_at=1)
+    command(*again, status=130)
+    monkeypatch.setattr(ridge_pass, "observe", never)
+    command(*again)
+    assert entries(out) == entries(whole)
+
+
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
 def test_front_holds_exactly_what_nothing_beats(points):
@@ -228,6 +251,8 @@ def test_every_method_has_every_sparsity():
     assert [point.name for point in points] == [
         f"{method}-{sparsity}" for method in methods for sparsity in (0.5, 0.25)
     ]
+    near = replace(asked, sparsity=(0.12341, 0.12342)).points(Compute())
+    assert [point.name for point in near[:2]] == ["cfsp-plain-0.12341", "cfsp-plain-0.12342"]
     budgets = [point.settings.budget for point in points]
     assert budgets[4] == Budget(0.5, multiple=8, parts=("attention",))
     assert budgets[2].multiple == 8  # whatever the method

@@ -107,6 +107,7 @@ def _settings(args: argparse.Namespace) -> PruneSettings:
     if args.estimate:
         unknown = {
             "--dry-run": args.dry_run,
+            "--eval": args.eval,
             "--effort best": args.effort == BEST_EFFORT,
             f"--repair {settings.repair}": settings.repair not in ("none", "ridge"),
             **{f"--parts {part}": part in settings.budget.parts for part in COUNTED},

@@ -72,7 +72,8 @@ def run(args: argparse.Namespace) -> Told:
     settings = SweepSettings(**{key: each for key, each in typed(args).items() if key in names})
     check_texts(settings.data, settings.eval)
 
-    from cfsp.sweep.run import run_sweep, tables, write_tables
+    from cfsp.sweep.rows import tables, write_tables
+    from cfsp.sweep.run import run_sweep
 
     rows = run_sweep(settings, args.out, settings_from(args, Compute), command=typed_command(args))
     written = write_tables(rows, args.out)

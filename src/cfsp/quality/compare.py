@@ -5,6 +5,7 @@ Every difference is second - first. `cfsp.quality.paired` has the formulas.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from operator import eq
@@ -15,6 +16,8 @@ from cfsp.errors import ReportError
 from cfsp.quality.paired import Number, as_json, difference, mean, mean_of_tasks, per_count
 from cfsp.quality.results_file import MeasuredModel, Measures, answer_measures, hashes
 from cfsp.quality.tasks.harness import ScoredDocument, chance_of, losses_of
+
+logger = logging.getLogger(__name__)
 
 # A measure of two models on the same windows or documents: of the `first`, of the `second`, and the
 # mean of the differences, `difference`.
@@ -117,6 +120,10 @@ def comparisons(
             f"{', '.join(each.name for each in models) or 'none'}; give another file, or measure "
             "with --against"
         )
+    dtypes = {each.dtype: each.name for pair in pairs for each in pair if each.dtype}
+    if len(dtypes) > 1:
+        which = " and ".join(f"{name} in {dtype}" for dtype, name in dtypes.items())
+        logger.warning("computed were %s: the differences are of rounding too", which)
     return [compare(first, second, dense) for first, second in pairs]
 
 

@@ -102,6 +102,7 @@ class MeasuredModel:
     name: str  # with its file, where two models have one name
     fingerprint: str
     file: str  # the first that it is in
+    dtype: str = ""  # that it was computed in, if that is known
     against: frozenset[str] = frozenset()  # fingerprints of the dense models it was compared with
     # By text sums over each window, and `compared` with each of them, by task scores and documents,
     # and answers to questions, with whose they are `compared` with: see `evaluate_models`.
@@ -205,6 +206,7 @@ def measured_model(file: str, model: dict[str, Any]) -> MeasuredModel:
             model["model"],
             model["fingerprint"],
             file,
+            str(model.get("dtype", "")),
             frozenset({against} - {None}),
             {
                 text: {**sums, "compared": {against: _compared(sums)}}

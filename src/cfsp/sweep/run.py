@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
-from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.locating import given_path, open_checkpoint
 from cfsp.checkpoint.output import (
     check_is_outside,
@@ -32,7 +29,7 @@ from cfsp.checkpoint.own_files import SWEEP_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.decide import NOTHING_KNOWN, Known
 from cfsp.errors import CfspError, OutputError, damage_as
-from cfsp.pipeline import decide_all, prune_checkpoint, pruning_identity
+from cfsp.pipeline import decide_all, digest_of, prune_checkpoint, pruning_identity
 from cfsp.planning.importance import COARSE_WINDOWS
 from cfsp.progress import item_progress
 from cfsp.pruning_cost import doubts, say_doubts
@@ -40,18 +37,17 @@ from cfsp.quality.answers import Questions
 from cfsp.quality.compare import compare
 from cfsp.quality.evaluate import Dense, Exam, evaluate_models
 from cfsp.quality.perplexity import before_and_after
-from cfsp.quality.results_file import measured_model
+from cfsp.quality.results_file import measured_model, read_results
 from cfsp.quality.tasks.harness import TaskRunner
-from cfsp.quality.tasks.selection import TaskSelection
+from cfsp.quality.tasks.selection import DEFAULT_BATCH, TaskSelection
 from cfsp.repair.result import PruningResult
-from cfsp.result.facts import Conditions
 from cfsp.result.manifest import add_to_manifest, read_manifest, refusing_damage
-from cfsp.result.tables import Table, estimate, pareto_front
 from cfsp.selection.constraint import Share
 from cfsp.settings import Compute, Part
 from cfsp.streaming.memory import hidden_budget
 from cfsp.streaming.runtime import runtime_identity, runtime_of
 from cfsp.streaming.work_dir import output_work_dir, remove_finished_work, temporary_work_dir
+from cfsp.sweep.rows import Row
 from cfsp.sweep.settings import Point, SweepSettings
 from cfsp.text.drawing import draw_text
 from cfsp.text.tokenizers import load_tokenizer
@@ -61,88 +57,6 @@ logger = logging.getLogger(__name__)
 
 _DENSE_FILE = "dense.json"
 _WORKING = ".working"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model of a finished sweep; the first of a table is the dense one."""
-
-    name: str
-    method: str | None  # None for the dense model, as its directory and comparison
-    sparsity: float
-    parameters: int
-    perplexity: Mapping[str, Mapping[str, Any]]  # by text, as `cfsp eval --json` has it
-    directory: str | None = None
-    comparison: dict[str, Any] | None = None  # what `cfsp.quality.compare.compare` gives
-
-    def __post_init__(self) -> None:
-        # Damage of the file that they are read from shows now.
-        _ = self.values, self.conditions, self.beside_dense, self.left_out
-
-    @staticmethod
-    def of(point: Point, directory: Path, dense: Checkpoint) -> Row:
-        """Return what the manifest of a model says, which was made from the dense one as it is."""
-        instead = f"delete {directory} and run the sweep again"
-        manifest = read_manifest(directory, instead)
-        if manifest is None or "sweep" not in manifest:
-            raise OutputError(f"{directory} is no model of a sweep; {instead}")
-        with refusing_damage(directory, instead):
-            if manifest["base_model"]["fingerprint"] != dense.fingerprint:
-                raise OutputError(
-                    f"{directory} was made from other weights than {dense.label} has now; choose "
-                    "another --out"
-                )
-            return Row(
-                point.name,
-                point.method,
-                point.settings.budget.sparsity,
-                int(manifest["parameters_after"]),
-                {
-                    text: {"value": found["after"]}
-                    | {name: found[name] for name in found if name not in ("before", "after")}
-                    for text, found in manifest["perplexity"].items()
-                },
-                str(directory),
-                dict(manifest["comparison"]),
-            )
-
-    @property
-    def values(self) -> dict[str, float]:
-        """Perplexity by text."""
-        return {text: float(found["value"]) for text, found in self.perplexity.items()}
-
-    @property
-    def conditions(self) -> set[Conditions]:
-        """Under which perplexities were measured."""
-        return {Conditions.of(text, found) for text, found in self.perplexity.items()}
-
-    @property
-    def left_out(self) -> list[str]:
-        """What was measured of it and cannot be compared."""
-        return [] if self.comparison is None else list(self.comparison["left_out"])
-
-    @property
-    def beside_dense(self) -> dict[str, str]:
-        """What a table says of how far it is from the dense model, by column."""
-        line, found = {}, self.comparison
-        if found is None:
-            return {}
-        for column, name, factor, digits in (
-            ("KL", "divergence", 1, 3),
-            ("top-1 agreement, %", "agreed", 100, 1),
-        ):
-            values = [text[name]["second"]["value"] for text in found["texts"].values()]
-            line[column] = f"{factor * fmean(values):z.{digits}f}"
-        if answers := found.get("answers"):
-            line["KL on answers"] = estimate(answers["divergence"]["second"], 3)
-            line["answers that loop, %"] = estimate(answers["loops"]["second"], 1, 100)
-        if found["tasks"]:
-            for column, name, side in (
-                ("accuracy - dense, %", "accuracy", "difference"),
-                ("dense model's answers, %", "kept", "second"),
-            ):
-                line[column] = estimate(found[name][side], 1, 100) if found[name] else "-"
-        return line
 
 
 @dataclass(frozen=True)
@@ -166,7 +80,8 @@ def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: 
     exam, points = Exam(settings.evaluation, compute), settings.points(compute)
     if settings.tasks:
         data = None if settings.task_data is None else given_path(settings.task_data)
-        selection = TaskSelection(tuple(settings.tasks), settings.limit, data=data)
+        batch = compute.batch_windows or DEFAULT_BATCH
+        selection = TaskSelection(tuple(settings.tasks), settings.limit, data=data, batch=batch)
         exam = replace(exam, tasks=TaskRunner.of(selection))
     if settings.answers is not None:
         exam = replace(exam, questions=Questions.of(settings.answers))
@@ -192,8 +107,9 @@ def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: 
             )
             with item_progress("sweep", len(missing), "model") as bar:
                 for parts in dict.fromkeys(point.parts for point in missing):
-                    with _decided(sweep, parts) as decided:
-                        for point in (each for each in missing if each.parts == parts):
+                    to_make = [each for each in missing if each.parts == parts]
+                    with _decided(sweep, parts, to_make[-1]) as decided:
+                        for point in to_make:
                             _make(sweep, point, decided[point.name], dense, command)
                             bar.update()
         return _rows(sweep, found)
@@ -265,10 +181,13 @@ def _check(sweep: _Sweep) -> int:
 
 
 @contextmanager
-def _decided(sweep: _Sweep, parts: tuple[Part, ...]) -> Iterator[dict[str, PruningResult]]:
+def _decided(
+    sweep: _Sweep, parts: tuple[Part, ...], last: Point
+) -> Iterator[dict[str, PruningResult]]:
     """Decide on all models without some parts, by name; also on those that are there already.
 
-    So a sweep that goes on finds the work of the same passes.
+    So a sweep that goes on finds the work of the same passes, beside the one that is made last: the
+    work beside a finished one is removed.
     """
     source, compute = sweep.opened(parts), sweep.compute
     points = [point for point in sweep.points if point.parts == parts]
@@ -276,8 +195,7 @@ def _decided(sweep: _Sweep, parts: tuple[Part, ...]) -> Iterator[dict[str, Pruni
     asked = [pruning_identity(settings, NOTHING_KNOWN) for settings in prunings]
     computed = runtime_identity(runtime_of(compute, source))
     identity = {"command": "sweep", "dense model": source.identity, "prunings": asked, **computed}
-    last = sweep.out / points[-1].name
-    with output_work_dir(last, identity, compute.memory_budget) as work_dir:
+    with output_work_dir(sweep.out / last.name, identity, compute.memory_budget) as work_dir:
         found = decide_all(source, prunings, work_dir)
         yield {point.name: result for point, result in zip(points, found, strict=True)}
 
@@ -295,7 +213,11 @@ def _make(sweep: _Sweep, point: Point, decided: PruningResult, dense: Dense, com
         facts = {
             "perplexity": before_and_after(before["perplexity"], found["perplexity"]),
             "comparison": compare(first, second, first),
-            "sweep": {"method": point.method, "sparsity": point.settings.budget.sparsity},
+            "sweep": {
+                "method": point.method,
+                "sparsity": point.settings.budget.sparsity,
+                "asked": _asked(sweep.out),
+            },
         }
         add_to_manifest(working, facts)
         for path in working.glob("*.safetensors"):
@@ -305,85 +227,22 @@ def _make(sweep: _Sweep, point: Point, decided: PruningResult, dense: Dense, com
         shutil.rmtree(working, ignore_errors=True)
 
 
+def _asked(out: Path) -> str:
+    """Return the digest of the questions and tasks that a sweep measures by."""
+    found = read_results(out / _DENSE_FILE)["identity"]
+    return digest_of({name: found[name] for name in ("answers", "tasks")})
+
+
 def _rows(sweep: _Sweep, dense: dict[str, Any]) -> list[Row]:
     """Return the rows of all models, the dense one first; all were measured as that was."""
     rows = [sweep.row_of(point) for point in sweep.points]
     with damage_as(OutputError, sweep.out / _DENSE_FILE, "delete it and run the sweep again"):
         first = Row("dense", None, 0.0, sweep.source.parameter_count, dense["perplexity"])
+        asked = _asked(sweep.out)
     for row in rows:
-        if row.conditions != first.conditions:
+        if row.conditions != first.conditions or row.asked not in (None, asked):
             raise OutputError(
                 f"{row.directory} was not measured as the dense model of its sweep was, perhaps by "
                 f"another version; delete it and {_DENSE_FILE} beside it, and run the sweep again"
             )
     return [first, *rows]
-
-
-def tables(rows: Sequence[Row]) -> list[Table]:
-    """Return the tables of a sweep."""
-    return [_qualities(rows), _comparisons(rows)]
-
-
-def loss_rise(after: Mapping[str, float], before: Mapping[str, float]) -> float:
-    """Return by how many nats a token the loss rises between perplexities, in the texts' mean."""
-    return fmean(math.log(after[text] / before[text]) for text in before)
-
-
-def write_tables(rows: Sequence[Row], directory: Path) -> list[Path]:
-    """Write table.md and, with a line for each model, table.json."""
-    texts = {
-        "table.md": "\n".join(table.to_markdown() for table in tables(rows)),
-        "table.json": json.dumps([asdict(row) for row in rows], indent=2) + "\n",
-    }
-    for name, text in texts.items():
-        write_atomically(directory / name, text.encode())
-    return [directory / name for name in texts]
-
-
-def _qualities(rows: Sequence[Row]) -> Table:
-    dense = rows[0]
-    fronts = [
-        pareto_front([(row.parameters, row.values[text]) for row in rows]) for text in dense.values
-    ]
-    lines = [
-        {
-            **_names(row),
-            "parameters removed": f"{1 - row.parameters / dense.parameters:.1%}",
-            **{text: f"{row.values[text]:z,.2f}" for text in dense.values},
-            "loss rise": f"{loss_rise(row.values, dense.values):z,.2f}",
-            "Pareto front": " ".join(str(i + 1) for i, best in enumerate(fronts) if best[number])
-            or "-",
-        }
-        for number, row in enumerate(rows)
-    ]
-    counts = {
-        f"{counted(found['windows'], 'windows')} of {found['seqlen']} tokens"
-        + (", each after BOS" if found["bos"] else "")
-        for found in dense.perplexity.values()
-    }
-    caption = (
-        f"Perplexity on {' or '.join(sorted(counts))} of each text; loss rise in nats a token, "
-        "mean of the texts; Pareto front: texts, by number, on which nothing smaller is as good."
-    )
-    return Table(list(lines[0]), [list(line.values()) for line in lines], caption)
-
-
-def _comparisons(rows: Sequence[Row]) -> Table:
-    """Return a line for each model: how far it is from the dense one."""
-    pruned = rows[1:]
-    lines = [_names(row) | row.beside_dense for row in pruned]
-    caption = (
-        "Compared with the dense model in pairs: KL per token in nats and top-1 agreement in the "
-        "mean of the texts."
-    )
-    if any("±" in cell for cell in lines[0].values()):
-        caption += " Answers and tasks have standard errors."
-    if (pruned[0].comparison or {})["tasks"]:
-        caption += " Tasks: the mean of those on which the dense model is better than a guess."
-    if left_out := pruned[0].left_out:
-        caption += f" Left out: {', '.join(left_out)}."
-    return Table(list(lines[0]), [list(line.values()) for line in lines], caption)
-
-
-def _names(row: Row) -> dict[str, str]:
-    return {"method": row.method or row.name, "sparsity": f"{100 * row.sparsity:.4g}%"}

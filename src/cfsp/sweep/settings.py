@@ -110,7 +110,7 @@ class SweepSettings:
                 settings = prune_settings({**method, **given, "sparsity": sparsity})
                 # Beside the dense model all are measured afterwards.
                 settings = replace(settings, compute=compute, evaluation=EvaluationText())
-                found.append(Point(f"{name}-{sparsity:.4g}", name, settings))
+                found.append(Point(f"{name}-{sparsity:.12g}", name, settings))
         return found
 
     @property

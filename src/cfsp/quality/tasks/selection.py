@@ -56,8 +56,9 @@ class TaskSelection(Declared):
             raise UsageError("expected at least one task, found none; give --tasks piqa,arc_easy")
         super().__post_init__()
         if self.data is not None and not self.data.is_dir():
+            what = "is no directory" if self.data.exists() else "does not exist"
             raise TaskError(
-                f"the task directory {self.data} does not exist; give the one with the JSONL files"
+                f"the task directory {self.data} {what}; give the one with the JSONL files"
             )
 
     @property
