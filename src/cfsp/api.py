@@ -141,7 +141,7 @@ def prune(
                 return report
             # Of what lies there: the manifest has both steps.
             perplexity = {
-                text: found | {key: trained.perplexity[text][key] for key in ("after", "dtype")}
+                text: found | _trained(found, trained.perplexity[text])
                 for text, found in report.perplexity.items()
             }
             return replace(report, out=trained.out, perplexity=perplexity)
@@ -152,6 +152,12 @@ def prune(
             "it returns the new model, which save_pretrained can write"
         )
     return prune_model(model, tokenizer, settings)
+
+
+def _trained(pruned: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
+    """Return what training changes of a perplexity; it may compute in another dtype."""
+    dtypes = dict.fromkeys((pruned["dtype"], trained["dtype"]))
+    return {"after": trained["after"], "dtype": ", then ".join(dtypes)}
 
 
 def _said(**choices: Any) -> dict[str, Any]:

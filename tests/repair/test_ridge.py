@@ -388,3 +388,12 @@ def test_best_effort_goes_on_as_memory_had_decided(
     cfsp.prune(model, **asked)
     assert ("recovery" in (read_manifest(tmp_path / "out") or {})) == bool(later)
     assert entries(tmp_path) == left
+
+
+def test_best_effort_says_of_each_number_how_it_was_computed(model, few, text_file, tmp_path):
+    """Training in float16 overflows, so it takes another dtype than the pruning had."""
+    text = cfsp.Text("some", text_file.read_text()[:8_000])
+    asked: Any = {"sparsity": 0.5, "multiple": 4, "effort": "best", "out": tmp_path / "out"}
+    asked |= few | {"data": text, "eval": text, "windows": 2}
+    report = cfsp.prune(model, dtype="float16", **asked)
+    assert report.perplexity["some"]["dtype"] == "float16, then float32"

@@ -32,6 +32,8 @@ def test_numbers_are_blocks_and_words_are_patterns(source):
     assert found.blocks == {0, 3, 4}
     with pytest.raises(UsageError, match=r"--keep names block 5, and .* has the blocks 0 to 4"):
         kept_by(source, ("5",))
+    with pytest.raises(UsageError, match="--keep names block 1000"):
+        kept_by(source, (f"1{'0' * 5000}",))  # longer than Python reads numbers
     with pytest.raises(UsageError, match=r"fits no module .* such are model\.layers\.0\."):
         kept_by(source, ("lm_head",))
 

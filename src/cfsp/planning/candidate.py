@@ -110,11 +110,12 @@ def kept_by(source: WeightSource, keep: Sequence[str]) -> Kept:
     units: set[int] = set()
     for word in keep:
         if word.isdecimal():
-            if int(word) >= count:
+            number = int(word) if len(word) < 10 else count  # Python reads no number of any length
+            if number >= count:
                 raise UsageError(
                     f"--keep names block {word}, and {source.label} has the blocks 0 to {count - 1}"
                 )
-            blocks.add(int(word))
+            blocks.add(number)
             continue
         found = {index for index, name in enumerate(names) if fnmatchcase(name, word)}
         if not found:
