@@ -47,7 +47,7 @@ from cfsp.text.windows import Windows, held_out_documents
 
 # One pass over a data set on the hub, which may have no end, is one over so many tokens of it.
 _PASS_OVER_A_HUB_TEXT = 1_000_000
-_CHARACTERS_OF_TOKEN = 6  # more than text in most languages has
+_USUAL_CHARACTERS = 6  # of a token: text in most languages has fewer
 _HELD_OUT_SHARE = 0.03
 _MAX_HELD_OUT_TOKENS = 16_384
 _MOST_OF_A_DOCUMENT = 4096
@@ -179,11 +179,11 @@ def _documents(
                 f"the model's tokenizer ({type(tokenizer).__name__}) does not say which characters "
                 "a token is of, so answers cannot be told from the rest; give plain text"
             )
-    documents = spread_documents(source, _CHARACTERS_OF_TOKEN * most, seed)
+    documents = spread_documents(source, _USUAL_CHARACTERS * most, seed)
     with item_progress(f"reading {source.name}", len(documents), "document") as bar:
         for number, document in documents:
             if isinstance(document, str):
-                yield document_tokens(document, source, tokenizer).expand(2, -1)
+                yield document_tokens(document + source.separator, tokenizer).expand(2, -1)
             else:
                 yield answer_tokens(document, tokenizer, number)
             bar.update()

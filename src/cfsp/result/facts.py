@@ -47,6 +47,10 @@ NATS = Unit("{:z.3f}".format)
 PERCENT = Unit(lambda share: f"{100 * share:z.1f}")
 
 
+# What was measured of the original of a run, `before`, and of the run itself, `after`.
+Sides = Mapping[str, Mapping[str, Any]]
+
+
 @dataclass(frozen=True)
 class Conditions:
     """Conditions of a perplexity, and of the agreement on the same windows."""
@@ -279,7 +283,7 @@ def perplexity_fact(conditions: Conditions) -> Fact:
     return Fact(QUALITY, "perplexity", PERPLEXITY, text=conditions.text, conditions=conditions)
 
 
-def speed_facts(first: Mapping[str, Any], both: Mapping[str, Mapping[str, Any]]) -> list[Fact]:
+def speed_facts(first: Mapping[str, Any], both: Sides) -> list[Fact]:
     """Return tokens per second by phase and workload; ratios if the first is the original."""
     facts, compared = [], both.get("before") is first
     for side, model in both.items():

@@ -33,6 +33,7 @@ from cfsp.result.facts import (
     SPEED,
     Conditions,
     Fact,
+    Sides,
     Unit,
     joined,
     labels,
@@ -68,8 +69,6 @@ _OF_TASKS = {
     "loss": ("difference", "loss - original's, nats", NATS),
 }
 
-# What was measured of the original of a run, `before`, and of the run itself, `after`.
-Sides = Mapping[str, Mapping[str, Any]]
 # A question with its kind and an answer, as `cfsp.quality.answers` has it.
 Document = Mapping[str, Any]
 

@@ -99,7 +99,7 @@ def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: 
         with temporary_work_dir(budget // (4 * (len(settings.eval) + 1))) as passes:
             dense = Dense(sweep.source, {}, passes)
             (found,) = evaluate_models((), exam, against=dense, out=out / _DENSE_FILE)
-            dense = replace(dense, result=found)
+            dense, asked = replace(dense, result=found), _asked(out)
             say_doubts(
                 doubt
                 for point in missing
@@ -110,9 +110,9 @@ def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: 
                     to_make = [each for each in missing if each.parts == parts]
                     with _decided(sweep, parts, to_make[-1]) as decided:
                         for point in to_make:
-                            _make(sweep, point, decided[point.name], dense, command)
+                            _make(sweep, point, decided[point.name], dense, asked, command)
                             bar.update()
-        return _rows(sweep, found)
+        return _rows(sweep, found, asked)
 
 
 @contextmanager
@@ -200,7 +200,9 @@ def _decided(
         yield {point.name: result for point, result in zip(points, found, strict=True)}
 
 
-def _make(sweep: _Sweep, point: Point, decided: PruningResult, dense: Dense, command: str) -> None:
+def _make(
+    sweep: _Sweep, point: Point, decided: PruningResult, dense: Dense, asked: str, command: str
+) -> None:
     """Prune and measure one model, in a place that is empty even after a kill."""
     own, known = sweep.opened(point.parts), Known(decided=decided)
     working, finished = sweep.out / _WORKING, sweep.out / point.name
@@ -216,7 +218,7 @@ def _make(sweep: _Sweep, point: Point, decided: PruningResult, dense: Dense, com
             "sweep": {
                 "method": point.method,
                 "sparsity": point.settings.budget.sparsity,
-                "asked": _asked(sweep.out),
+                "asked": asked,
             },
         }
         add_to_manifest(working, facts)
@@ -233,12 +235,11 @@ def _asked(out: Path) -> str:
     return digest_of({name: found[name] for name in ("answers", "tasks")})
 
 
-def _rows(sweep: _Sweep, dense: dict[str, Any]) -> list[Row]:
+def _rows(sweep: _Sweep, dense: dict[str, Any], asked: str) -> list[Row]:
     """Return the rows of all models, the dense one first; all were measured as that was."""
     rows = [sweep.row_of(point) for point in sweep.points]
     with damage_as(OutputError, sweep.out / _DENSE_FILE, "delete it and run the sweep again"):
         first = Row("dense", None, 0.0, sweep.source.parameter_count, dense["perplexity"])
-        asked = _asked(sweep.out)
     for row in rows:
         if row.conditions != first.conditions or row.asked not in (None, asked):
             raise OutputError(

@@ -276,11 +276,9 @@ def _counted_characters(document: str | Conversation) -> int:
     return sum(len(each["content"]) for each in document if each["role"] == "assistant") or 1
 
 
-def document_tokens(
-    document: str, source: TextSource, tokenizer: PreTrainedTokenizerBase
-) -> Tensor:
-    """Return the tokens of a document of a text, int64 [R], with what separates it."""
-    return _tokens(_cut(document + source.separator, _CHUNK_CHARACTERS), tokenizer)
+def document_tokens(document: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Return the tokens of a document, int64 [R]."""
+    return _tokens(_cut(document, _CHUNK_CHARACTERS), tokenizer)
 
 
 def _tokens(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
