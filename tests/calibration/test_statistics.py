@@ -108,17 +108,22 @@ def test_a_sensitivity_that_cannot_be_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "how",
+    ("name", "ffn", "how"),
     [
-        {"sparsity": 0.4},
-        {"parts": ("blocks",), "sparsity": 0.4},
-        {"parts": ("ffn", "attention"), "target_params": 0.8},
+        ("qwen2", "mlp", {"sparsity": 0.4}),
+        ("qwen2", "mlp", {"parts": ("blocks",), "sparsity": 0.4}),
+        ("qwen2", "mlp", {"parts": ("ffn", "attention"), "target_params": 0.8}),
+        # Experts that are all given all tokens, with zeros for those of others.
+        ("llama4_text", "feed_forward.experts", {"sparsity": 0.4}),
     ],
 )
-def test_a_model_with_a_part_that_gives_nothing_is_pruned(how, save, text_file, tmp_path):
+def test_a_model_with_a_part_that_gives_nothing_is_pruned(
+    name, ffn, how, save, text_file, tmp_path
+):
     """No token misses an FFN that is no expert; models made smaller elsewhere have zeroed ones."""
-    model = tiny_model("qwen2")
-    for projection in (model.model.layers[1].mlp, model.model.layers[0].self_attn):
+    model = tiny_model(name)
+    blocks = model.model.layers
+    for projection in (blocks[1].get_submodule(ffn), blocks[0].self_attn):
         for weight in projection.parameters():
             weight.data.zero_()
     text: dict[str, Any] = {"data": [text_file], "samples": 8, "seqlen": 32}

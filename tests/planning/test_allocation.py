@@ -246,6 +246,13 @@ def test_units_of_one_kind_share_a_multiple_and_kinds_do_not():
     assert kept_U == [384, 1024, 384, 1024]
 
 
+def test_equal_shares_of_unlike_widths_go_down_to_the_least():
+    """A quarter of 7 groups is nearer to two than to the one that must stay."""
+    units = tuple(UnitSize(width, 64, part="kv") for width in (7, 3, 2))
+    budget = Budget(0.75, parts=("kv",), widths="equal")
+    assert allocate([0.2, 0.3, 0.4], budget, ModelSize(units, 10**6)) == [1, 1, 1]
+
+
 def test_widths_of_mixed_units_follow_importance():
     """What is equally important keeps the same share, whatever its channels own."""
     units = (UnitSize(1024, 128, 8, grain=8), UnitSize(4096, 1, 8))

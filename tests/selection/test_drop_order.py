@@ -133,6 +133,9 @@ def test_the_choice_follows_the_statistics(source):
     kept = replace(OF_BLOCKS, keep=("5",))
     for own in (DropBudget.of_count(source, kept, 2), DropBudget.of_share(source, kept, 1 / 3)):
         assert dropped_by(source, measured, own).blocks == (0, 2)
+    together = [replace(each, among=("attention", "blocks")) for each in order]
+    with pytest.raises(StatisticsError, match="of attention layers and blocks together, not of"):
+        dropped_by(source, replace(plain, removals=tuple(together)), budget)
     more = DropBudget.of_share(source, OF_BLOCKS, 0.8)
     with pytest.raises(StatisticsError, match="say of 3 blocks in which order they go"):
         dropped_by(source, measured, more)

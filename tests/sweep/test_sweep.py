@@ -54,6 +54,8 @@ def test_every_method_makes_every_sparsity_at_the_same_size(sweep, text_file):
     ]  # fmt: skip
     size = {row["name"]: row["parameters"] for row in rows}
     assert size["dense"] > size["cfsp-0.25"] == size["cfsp-plain-0.25"] > size["cfsp-0.5"]
+    smallest = min(rows[2], rows[4], key=lambda row: row["loss_rise"])
+    assert smallest["pareto_front"] == [str(text_file)] and rows[0]["loss_rise"] == 0
     for row in rows[1:]:
         directory = Path(row["directory"])
         plan = PruningPlan.load(directory / "cfsp_plan.json")

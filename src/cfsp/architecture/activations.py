@@ -270,6 +270,8 @@ def _show_all_experts(watch: _Watch, act_ERF: Tensor, added_ERD: Tensor, output:
             raise watch.error(
                 "gives every token to every expert and weights them in a way that cfsp cannot see"
             )
+    if not routed_ER.any():  # all zero, in every expert: that tells nothing of which tokens it had
+        routed_ER = torch.ones_like(routed_ER)
     for expert, act_RF in enumerate(act_ERF):
         token_R = routed_ER[expert].nonzero().flatten()
         added = partial(added_ERD[expert].__getitem__, token_R)

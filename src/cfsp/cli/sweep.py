@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 from cfsp.cli.evaluate import add_answers
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> Told:
     settings = SweepSettings(**{key: each for key, each in typed(args).items() if key in names})
     check_texts(settings.data, settings.eval)
 
-    from cfsp.sweep.rows import tables, write_tables
+    from cfsp.sweep.rows import records, tables, write_tables
     from cfsp.sweep.run import run_sweep
 
     rows = run_sweep(settings, args.out, settings_from(args, Compute), command=typed_command(args))
@@ -84,4 +84,4 @@ def run(args: argparse.Namespace) -> Told:
         print(f"tables: {', '.join(map(str, written))}")
         print(f"charts: cfsp report {shlex.quote(str(args.out))}")
 
-    return {"models": [asdict(row) for row in rows], "tables": [str(p) for p in written]}, say
+    return {"models": records(rows), "tables": [str(p) for p in written]}, say

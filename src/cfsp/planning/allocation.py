@@ -306,6 +306,8 @@ def _widths(
                 kept_U[index] = width
         return kept_U
     if budget.widths == "equal":  # to the nearest multiple: what was equal stays so
+        if total <= size.cost_of(size.least_U) + _SAME_COST:  # a wide one would round to more
+            return size.least_U
         return [
             min(width, max(1, round(ideal / multiple)) * multiple)
             for ideal, width, multiple in zip(ideal_U, width_U, multiple_U, strict=True)

@@ -188,6 +188,13 @@ def dropped_by(source: WeightSource, statistics: Statistics, budget: DropBudget)
         return Dropped.of(taken)
     if budget.is_met_by(NOTHING):
         return NOTHING
+    for each in statistics.removals:
+        if not set(each.among).isdisjoint(budget.parts):
+            raise StatisticsError(
+                f"the statistics have the order of {parts_in_words(each.among)} together, not of "
+                f"{parts_in_words(budget.parts)} alone; make them with: "
+                f"cfsp calibrate --parts {','.join(budget.parts)}"
+            )
     if "blocks" in budget.parts and statistics.runs is None:
         raise StatisticsError(
             "the removal of blocks by runs needs their distances, which these statistics do not "

@@ -304,7 +304,11 @@ class LossIncrease(Constraint):
 
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
         """Return the largest share whose loss fits."""
-        self.found.update(self.work_dir.once("loss", lambda: self._measured(planner, tuple(parts))))
+        self.found.update(
+            self.work_dir.once(
+                f"loss-{self.held_out.digest[:8]}", lambda: self._measured(planner, tuple(parts))
+            )
+        )
         return float(self.found["sparsity"])
 
     def facts(self) -> dict[str, Any]:

@@ -213,8 +213,8 @@ class Budget(Declared):
     )
     widths: Widths = advanced_option(
         "importance",
-        "blocks keep channels by their importance, or all equally many: then a stock config "
-        "describes the result, and software runs it that knows one width only",
+        "blocks keep channels by their importance, or all the same share: blocks of one width stay "
+        "so, which a stock config describes and software runs that knows one width only",
         choices=WIDTHS,
     )
     parts: tuple[Part, ...] = option(

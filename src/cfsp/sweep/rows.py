@@ -118,28 +118,42 @@ def write_tables(rows: Sequence[Row], directory: Path) -> list[Path]:
     """Write table.md and, with a line for each model, table.json."""
     texts = {
         "table.md": "\n".join(table.to_markdown() for table in tables(rows)),
-        "table.json": json.dumps([asdict(row) for row in rows], indent=2) + "\n",
+        "table.json": json.dumps(records(rows), indent=2) + "\n",
     }
     for name, text in texts.items():
         write_atomically(directory / name, text.encode())
     return [directory / name for name in texts]
 
 
+def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return what the tables say of each model, as `--json` and table.json have it."""
+    return [
+        asdict(row) | {"loss_rise": loss_rise(row.values, rows[0].values), "pareto_front": best_on}
+        for row, best_on in zip(rows, _best_on(rows), strict=True)
+    ]
+
+
+def _best_on(rows: Sequence[Row]) -> list[list[str]]:
+    """Return the texts of every model on which nothing smaller is as good."""
+    fronts = {
+        text: pareto_front([(row.parameters, row.values[text]) for row in rows])
+        for text in rows[0].values
+    }
+    return [[text for text in fronts if fronts[text][number]] for number in range(len(rows))]
+
+
 def _qualities(rows: Sequence[Row]) -> Table:
     dense = rows[0]
-    fronts = [
-        pareto_front([(row.parameters, row.values[text]) for row in rows]) for text in dense.values
-    ]
+    number_of = {text: str(number) for number, text in enumerate(dense.values, 1)}
     lines = [
         {
             **_names(row),
             "parameters removed": f"{1 - row.parameters / dense.parameters:.1%}",
             **{text: f"{row.values[text]:z,.2f}" for text in dense.values},
             "loss rise": f"{loss_rise(row.values, dense.values):z,.2f}",
-            "Pareto front": " ".join(str(i + 1) for i, best in enumerate(fronts) if best[number])
-            or "-",
+            "Pareto front": " ".join(number_of[text] for text in best_on) or "-",
         }
-        for number, row in enumerate(rows)
+        for row, best_on in zip(rows, _best_on(rows), strict=True)
     ]
     counts = {
         f"{counted(found['windows'], 'windows')} of {found['seqlen']} tokens"
