@@ -90,6 +90,7 @@ def test_work_within_work_speaks_no_oftener(clock, caplog):
 
 @pytest.mark.parametrize(("rank", "seconds"), [("0", 1), ("1", 3600)])
 def test_short_work_is_quiet_and_one_process_speaks(clock, caplog, monkeypatch, rank, seconds):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank)
     clock.seconds += 3600
     with item_progress("plan", 8, "block") as bar:

@@ -109,7 +109,9 @@ def prune_checkpoint(
         output_work_dir(out, identity, settings.compute.memory_budget, team) as work_dir,
         _shared_staging(out, work_dir) as staging,
     ):
-        check_same_work(team, [source], [runtime], {"command": digest_of(asked_for)})
+        texts = {name: windows.digest for name, windows in measured_on.items()}
+        same = {"command": digest_of(asked_for), "evaluation text": digest_of(texts)}
+        check_same_work(team, [source], [runtime], same)
         tokenizer = partial(load_tokenizer, source.directory)
         repaired, facts = decide(_job(source, tokenizer, settings, work_dir), known)
         if dry_run:

@@ -40,7 +40,7 @@ _LOST = re.compile("Dist[A-Z][a-z]+Error|gloo|[Cc]onnection (closed|reset)|[Tt]i
 
 def process_rank() -> int:
     """Return the number of this process among those that torchrun started; 0 without it."""
-    return _told("RANK", 0)
+    return _told("RANK", 0) if process_count() > 1 else 0
 
 
 def is_first_process() -> bool:
@@ -54,7 +54,7 @@ def process_count() -> int:
 
 
 def check_is_alone(
-    what: str, instead: str = "start it without torchrun, or unset WORLD_SIZE"
+    what: str, instead: str = "start it without torchrun, or unset WORLD_SIZE and RANK"
 ) -> None:
     """Refuse what one process does under torchrun, where each would do all of it at once."""
     if process_count() > 1:

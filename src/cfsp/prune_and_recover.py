@@ -21,7 +21,7 @@ from cfsp.quality.evaluate import evaluation_windows
 from cfsp.recovery.data import read_text
 from cfsp.recovery.prepare import lack_of_memory
 from cfsp.recovery.settings import AUTO_TEACHER, RecoverSettings, Training
-from cfsp.result.manifest import read_manifest
+from cfsp.result.manifest import add_to_manifest, read_manifest
 from cfsp.result.prune_report import PruneReport
 from cfsp.selection.goal import held_out_windows
 from cfsp.settings import MaxLossIncrease, PruneSettings
@@ -90,13 +90,15 @@ def prune_and_recover(
         check_output(source, pruned)
         most = _WINDOWS_TO_TRY * seqlen
         read_text(text.names, tokenizer, seqlen=seqlen, bos=text.bos, most=most)
-    measured_on = [*evaluation_windows(settings.evaluation, source).values()]
+    # By name: the report asks for the perplexity of each by it.
+    measured_on = evaluation_windows(settings.evaluation, source)
+    digests = {name: of_text.digest for name, of_text in measured_on.items()}
     if isinstance(settings.goal, MaxLossIncrease):
-        measured_on.append(held_out_windows(text, tokenizer))
+        digests[""] = held_out_windows(text, tokenizer).digest
     asked = digest_of(
         {
             "model": source.identity,
-            "texts": [of_text.digest for of_text in measured_on],
+            "texts": digests,
             "dtype": compute.dtype,
             "drawn": draw_text(text, tokenizer).digest,
             **pruning_identity(settings, known),
@@ -110,6 +112,7 @@ def prune_and_recover(
         report = prune(pruned, settings, known=replace(known, noted={_ASKED: asked}))
     if report.parameters_after == report.parameters_before:
         log.info("nothing was removed, so there is nothing to win back by training")
+        add_to_manifest(pruned, {"out": str(out)})
         pruned.rename(out)
         return replace(report, out=str(out)), None
     return report, recover_checkpoint(open_checkpoint(pruned), out, how, command=command)

@@ -8,7 +8,7 @@ from torch.distributed import TCPStore
 
 from builders import entries
 from cfsp.errors import ProcessError, UsageError
-from cfsp.processes import Team, joined, naming_lost_processes, take_own_accelerator
+from cfsp.processes import Team, joined, naming_lost_processes, process_rank, take_own_accelerator
 from cfsp.streaming.block_stream import check_enough, part_of
 from cfsp.text.windows import Windows
 from commands import Command, ranks
@@ -174,6 +174,8 @@ def test_a_process_that_other_libraries_lose_is_told(said, monkeypatch):
         raise RuntimeError(said)
     with pytest.raises(RuntimeError, match=r"^shapes differ$"), naming_lost_processes():
         raise RuntimeError("shapes differ")
+    assert process_rank() == 1
     monkeypatch.delenv("WORLD_SIZE")
+    assert process_rank() == 0  # what is left of RANK makes it no other process
     with pytest.raises(RuntimeError, match="gloo"), naming_lost_processes():
         raise RuntimeError(said)

@@ -46,6 +46,8 @@ def test_a_pipeline_does_not_complain(pruned, monkeypatch):
 def test_what_travels_is_fetched_from_a_hub(tmp_path, monkeypatch):
     texts = [
         "LICENSE.txt",
+        "LICENCE",
+        "COPYING",
         "MODEL_LICENSE",
         "THIRD_PARTY_NOTICES.md",
         "NOTICE",
@@ -58,7 +60,11 @@ def test_what_travels_is_fetched_from_a_hub(tmp_path, monkeypatch):
     names = [*texts, *of_processor, "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
     kept, repository = tmp_path / "kept", tmp_path / "repository"
     repository.mkdir()
-    own = {"model.safetensors.index.json", "params.json"}  # describe the source's own weights
+    own = {
+        "model.safetensors.index.json",
+        "params.json",
+        "trainer_state.json",
+    }  # describe the source's own weights
     for name in (*names, *own, "pytorch_model.bin", "modeling.py", MODELING_FILE):
         (repository / name).write_text(name)
     fetched: list[str] = []

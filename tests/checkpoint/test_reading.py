@@ -27,6 +27,7 @@ from cfsp.cut.surgery import PrunedSource
 from cfsp.errors import CheckpointError, UsageError
 from cfsp.planning.candidate import Dropped
 from cfsp.settings import DEFAULT_PARTS
+from tiny_decoders import tiny_model
 from tiny_models import build_tiny_model
 
 
@@ -351,3 +352,16 @@ def test_a_directory_named_demo_is_not_the_demo_model(tmp_path, monkeypatch):
     (tmp_path / "demo").mkdir()
     monkeypatch.chdir(tmp_path)
     assert locate_model(Path("demo")) == Path("demo")
+
+
+def test_a_config_of_another_type_than_its_class_is_read_by_its_own(tmp_path):
+    """EXAONE is a Llama to transformers, and publishes its numbers under other names."""
+    tiny_model("exaone", rms_norm_eps=0.01).save_pretrained(tmp_path)
+
+    def published(fields: dict[str, Any]) -> None:
+        fields["num_layers"] = fields.pop("num_hidden_layers")
+        fields["layer_norm_epsilon"] = fields.pop("rms_norm_eps")
+
+    edit_json(tmp_path / "config.json", published)
+    model: Any = cfsp.load(tmp_path)
+    assert (len(model.model.layers), model.model.norm.variance_epsilon) == (3, 0.01)

@@ -200,7 +200,7 @@ def test_what_is_measured_before_training_is_timed_whole(tmp_path, monkeypatch, 
 
 def test_only_the_first_process_makes_a_work_directory(recovered, tmp_path, monkeypatch):
     """The others may be there before it has the lock, or although it is refused."""
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("cfsp.processes.process_rank", lambda: 1)
     stopped_at("cfsp.recovery.trainer.RecoveryTrainer", recovered)
     assert list(tmp_path.iterdir()) == []
 

@@ -228,6 +228,13 @@ def test_a_state_is_complete_and_a_damaged_one_is_refused(runs):
     assert fields["next_block"] == 2
     assert (state.parent / fields["hidden"]).stat().st_size == 9 * 32 * 32 * 4
     assert len(list(state.parent.glob("statistics-*.safetensors"))) == 2
+    statistics = min(state.parent.glob("statistics-*.safetensors"))
+    whole = statistics.read_bytes()
+    for damaged in (whole[:9], None):
+        statistics.unlink() if damaged is None else statistics.write_bytes(damaged)
+        assert "is not complete; start over with: rm -r" in runs.refused(runs.calibrate)
+        assert state.is_file()
+    statistics.write_bytes(whole)
     said = f"is damaged; start over with: rm -r {runs.directory / 'stats.work'}"
     for damaged in ("{}", json.dumps({**fields, "identity": 1})):
         state.write_text(damaged)

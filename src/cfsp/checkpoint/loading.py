@@ -114,7 +114,10 @@ def load(
     with library_progress():
         build: Any = model_class(checkpoint.config)
         if checkpoint.quantisation is None:
-            model: Any = build.from_pretrained(checkpoint.directory, dtype=dtype)
+            # Types that share a model class differ in their configs: EXAONE is a Llama.
+            model: Any = build.from_pretrained(
+                checkpoint.directory, config=checkpoint.config, dtype=dtype
+            )
         else:
             model = _dequantised_model(checkpoint, dtype)
     if device is not None:

@@ -31,14 +31,15 @@ SWEEP_FILE = "sweep.json"  # in the directory of a sweep, beside those of its mo
 
 # What of a model goes with it wherever it goes: what is read beside its weights, and its terms.
 READ = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
-TERMS = ("*LICENSE*", "*NOTICE*", "USE_POLICY*")
+TERMS = ("*LICEN[CS]E*", "*NOTICE*", "USE_POLICY*", "COPYING*")
 # Where a tokenizer or processor with several chat templates has all but one: the only folder of a
 # model directory that is read.
 TEMPLATES = "additional_chat_templates"
-# What says how weights are quantised, beside config.json; and of Mistral's, how wide the second
-# copy of its weights is.
+# What says how weights are quantised, beside config.json; of Mistral's, how wide the second copy of
+# its weights is; and of those that a Trainer wrote, how they were trained and what they score.
 _OF_THESE_WEIGHTS = {
     "quantize_config.json", "quant_config.json", "hf_quant_config.json", "params.json",
+    "trainer_state.json", "all_results.json", "eval_results.json", "train_results.json",
 }  # fmt: skip
 _OURS = {CONFIG_FILE, MANIFEST_FILE, PLAN_FILE, CARD_FILE}
 

@@ -159,7 +159,8 @@ def _fields(
     mixture = "ALL" if type_name == "f32" else "MOSTLY"
     size = head_size(config)
     return {
-        "name": Path(source.label).name,
+        # By this very name transformers takes another model type than the file's.
+        "name": "mistral-pruned" if (name := Path(source.label).name) == "mistral" else name,
         "file_type": LlamaFileType[f"{mixture}_{type_name.upper()}"],
         "quantization_version": GGML_QUANT_VERSION,
         "block_count": len(widths),

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import WeightSource
-from cfsp.errors import ResumeError
+from cfsp.errors import ResumeError, StatisticsError
 from cfsp.processes import Team
 from cfsp.progress import item_progress
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
@@ -88,7 +88,7 @@ def pass_blocks(
     if state is not None and state.next_block:
         try:
             results = [visitor.load(state.directory, block) for block in range(state.next_block)]
-        except FileNotFoundError as error:
+        except (FileNotFoundError, StatisticsError, ValueError) as error:  # gone or damaged
             advice = start_over(state.directory.parents[1])
             raise ResumeError(f"{state.directory} is not complete; {advice}") from error
         if label not in work_dir.times:  # what this run made itself is no news

@@ -255,7 +255,11 @@ def load_or_compute(
     if not state.next_block:
         write_atomically(path, json.dumps(measure()).encode())
         state.commit(1, None)
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        advice = start_over(work_dir.directory.parent)
+        raise ResumeError(f"{path} is gone or damaged; {advice}") from error
     return found
 
 
