@@ -73,7 +73,7 @@ from cfsp.streaming.work_dir import (
 )
 from cfsp.text.drawing import calibration_windows, checked_beginning
 from cfsp.text.tokenizers import check_tokenizer, load_tokenizer
-from cfsp.text.windows import Windows
+from cfsp.text.windows import Windows, digests_of
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +109,8 @@ def prune_checkpoint(
         output_work_dir(out, identity, settings.compute.memory_budget, team) as work_dir,
         _shared_staging(out, work_dir) as staging,
     ):
-        texts = {name: windows.digest for name, windows in measured_on.items()}
-        same = {"command": digest_of(asked_for), "evaluation text": digest_of(texts)}
+        text = digest_of(digests_of(measured_on))
+        same = {"command": digest_of(asked_for), "evaluation text": text}
         check_same_work(team, [source], [runtime], same)
         tokenizer = partial(load_tokenizer, source.directory)
         repaired, facts = decide(_job(source, tokenizer, settings, work_dir), known)

@@ -29,6 +29,7 @@ from cfsp.streaming.work_dir import directory_of_process, remove_finished_work, 
 from cfsp.text.drawing import draw_text
 from cfsp.text.sources import name_of
 from cfsp.text.tokenizers import load_tokenizer
+from cfsp.text.windows import digests_of
 
 if TYPE_CHECKING:
     from cfsp.recovery.trainer import RecoverReport
@@ -90,15 +91,13 @@ def prune_and_recover(
         check_output(source, pruned)
         most = _WINDOWS_TO_TRY * seqlen
         read_text(text.names, tokenizer, seqlen=seqlen, bos=text.bos, most=most)
-    # By name: the report asks for the perplexity of each by it.
     measured_on = evaluation_windows(settings.evaluation, source)
-    digests = {name: of_text.digest for name, of_text in measured_on.items()}
     if isinstance(settings.goal, MaxLossIncrease):
-        digests[""] = held_out_windows(text, tokenizer).digest
+        measured_on[""] = held_out_windows(text, tokenizer)
     asked = digest_of(
         {
             "model": source.identity,
-            "texts": digests,
+            "texts": digests_of(measured_on),  # the report asks for the perplexity of each by name
             "dtype": compute.dtype,
             "drawn": draw_text(text, tokenizer).digest,
             **pruning_identity(settings, known),

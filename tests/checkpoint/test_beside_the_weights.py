@@ -60,11 +60,8 @@ def test_what_travels_is_fetched_from_a_hub(tmp_path, monkeypatch):
     names = [*texts, *of_processor, "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
     kept, repository = tmp_path / "kept", tmp_path / "repository"
     repository.mkdir()
-    own = {
-        "model.safetensors.index.json",
-        "params.json",
-        "trainer_state.json",
-    }  # describe the source's own weights
+    # What describes the source's own weights.
+    own = {"model.safetensors.index.json", "params.json", "trainer_state.json"}
     for name in (*names, *own, "pytorch_model.bin", "modeling.py", MODELING_FILE):
         (repository / name).write_text(name)
     fetched: list[str] = []

@@ -140,6 +140,14 @@ def test_the_advice_of_a_refusal_works(tmp_path, tokenizer, name):
     assert not report.notes
 
 
+def test_a_directory_called_as_a_type_is_read_back(tmp_path, tokenizer):
+    """transformers takes a file that is named mistral for another type than it says."""
+    source = cut(tiny("llama"), tokenizer, tmp_path, EQUAL)
+    export(source.directory.rename(tmp_path / "mistral"), "gguf", tmp_path / "m.gguf")
+    assert gguf_fields_of(tmp_path / "m.gguf")["general.name"] == "mistral-pruned"
+    assert Checkpoint(gguf_import.import_gguf(tmp_path / "m.gguf")).config.model_type == "llama"
+
+
 def test_no_way_back_to_gguf_is_said_before_pruning(tmp_path, save, text_file, caplog):
     text = CalibrationText((str(text_file),), samples=4, seqlen=32)
     for name in ("llama", *ONE_WIDTH):

@@ -349,11 +349,12 @@ def _check_stored(source: WeightSource, model: PreTrainedModel) -> None:
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     # transformers ignores those of the sizes that it knows; a config may name them at any size.
     count = source.architecture.block_count
-    told = getattr(text_config_of(source.config), "num_nextn_predict_layers", 0) or 0
+    more = getattr(text_config_of(source.config), "num_nextn_predict_layers", 0) or 0
+    told = range(count, count + more)
     for name in source.stored.behind(source.architecture):
-        is_told = source.architecture.block_of(name) in range(count, count + told)
+        is_told = source.architecture.block_of(name) in told
         if not is_told and not any(re.search(pattern, name) for pattern in ignored):
             raise CheckpointError(
                 f"{source.label} has a tensor {name}, but its config says that there are "
-                f"{source.architecture.block_count} blocks; {AGAIN}"
+                f"{count} blocks; {AGAIN}"
             )

@@ -157,10 +157,11 @@ def _fields(
     of_blocks = {"feed_forward_length": widths, "head_count": heads, "head_count_kv": groups}
     windows = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
     mixture = "ALL" if type_name == "f32" else "MOSTLY"
-    size = head_size(config)
+    size, name = head_size(config), Path(source.label).name
+    if name == "mistral":  # by this very name transformers takes another type than the file's
+        name = "mistral-pruned"
     return {
-        # By this very name transformers takes another model type than the file's.
-        "name": "mistral-pruned" if (name := Path(source.label).name) == "mistral" else name,
+        "name": name,
         "file_type": LlamaFileType[f"{mixture}_{type_name.upper()}"],
         "quantization_version": GGML_QUANT_VERSION,
         "block_count": len(widths),

@@ -40,7 +40,7 @@ from cfsp.streaming.work_dir import WorkDir, load_or_compute, temporary_work_dir
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.sources import check_texts, name_of
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import Windows
+from cfsp.text.windows import Windows, digests_of
 
 logger = logging.getLogger(__name__)
 
@@ -309,7 +309,7 @@ def _identity(models: Sequence[_Model], asked: _Asked) -> dict[str, Any]:
         "weights, config or tokenizer": [each.source.identity for each in models],
         "batch of windows": asked.exam.compute.batch_windows,
         "dtypes": [each.facts["dtype"] for each in models],
-        "texts": {text: of_text.digest for text, of_text in models[0].windows.items()},
+        "texts": digests_of(models[0].windows),
         "dense model": models[0].facts["model"] if asked.compares else None,
         "tasks": None if tasks is None else tasks.identity(),
         "answers": questions and questions.identity(load_tokenizer(models[0].source.directory)),

@@ -37,7 +37,7 @@ from cfsp.result.manifest import facts_about, plan_beside, refusing_damage
 from cfsp.streaming.runtime import free_bytes, runtime_identity, runtime_of
 from cfsp.streaming.work_dir import STATE_FILE, Stopwatch, directory_of_process, read_state
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import Windows
+from cfsp.text.windows import Windows, digests_of
 
 logger = logging.getLogger(__name__)
 # Weights that are trained themselves, gradients and AdamW's moments, in float32.
@@ -119,7 +119,7 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
         **asdict(training.limit),
         **{name: value for name, value in asdict(training).items() if name != "limit"},
         "teacher": teacher and teacher.identity,
-        "eval": {name: of_text.digest for name, of_text in windows.items()},
+        "eval": digests_of(windows),
         **runtime_identity(runtime_of(settings.compute, source)),
     }
     if training.shard:  # any number of processes that makes the same steps reads its checkpoints

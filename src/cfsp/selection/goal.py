@@ -304,11 +304,8 @@ class LossIncrease(Constraint):
 
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
         """Return the largest share whose loss fits."""
-        self.found.update(
-            self.work_dir.once(
-                f"loss-{self.held_out.digest[:8]}", lambda: self._measured(planner, tuple(parts))
-            )
-        )
+        name = f"loss-{self.held_out.digest[:8]}"  # on other windows it is another
+        self.found.update(self.work_dir.once(name, lambda: self._measured(planner, tuple(parts))))
         return float(self.found["sparsity"])
 
     def facts(self) -> dict[str, Any]:

@@ -18,13 +18,12 @@ from typing import Any, Generic, TypeVar
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import WeightSource
-from cfsp.errors import ResumeError, StatisticsError
 from cfsp.processes import Team
 from cfsp.progress import item_progress
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
 from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates, Room
 from cfsp.streaming.runtime import Runtime, runtime_identity
-from cfsp.streaming.work_dir import PassState, PassTimes, WorkDir, start_over
+from cfsp.streaming.work_dir import PassState, PassTimes, WorkDir, reading_work
 from cfsp.text.windows import Windows
 
 logger = logging.getLogger(__name__)
@@ -86,11 +85,8 @@ def pass_blocks(
         state.go_back_to(max(set.intersection(*reachable)))
     results: list[T] = []
     if state is not None and state.next_block:
-        try:
+        with reading_work(state.directory, f"{state.directory} is not complete"):
             results = [visitor.load(state.directory, block) for block in range(state.next_block)]
-        except (FileNotFoundError, StatisticsError, ValueError) as error:  # gone or damaged
-            advice = start_over(state.directory.parents[1])
-            raise ResumeError(f"{state.directory} is not complete; {advice}") from error
         if label not in work_dir.times:  # what this run made itself is no news
             logger.info("%s: going on at block %d of %d", label, len(results), blocks)
     if len(results) == blocks:

@@ -28,10 +28,12 @@ from typing import Any
 from cfsp.checkpoint.output import created_parents, exclusive, write_atomically
 from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.errors import (
+    OF_DAMAGE,
     CfspError,
     CheckpointError,
     OutputError,
     ResumeError,
+    StatisticsError,
     TextError,
     UsageError,
 )
@@ -79,13 +81,11 @@ class PassState:
 def read_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Return what WORK_DIR/PROCESS/PASS/state.json says, if it is whole and of an identity."""
     work_dir = path.parents[2]
-    try:
+    with reading_work(path.parent, f"{path} is damaged"):
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         saved = dict(fields["identity"])
         fields["next_block"] = int(fields["next_block"])
         _ = fields["hidden"], fields["before"]
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
-        raise ResumeError(f"{path} is damaged; {start_over(work_dir)}") from error
     asked = json.loads(json.dumps(identity))
     # Of another command or version the rest may be called otherwise.
     for key in sorted(asked, key=lambda name: name not in ("command", "version")):
@@ -255,12 +255,21 @@ def load_or_compute(
     if not state.next_block:
         write_atomically(path, json.dumps(measure()).encode())
         state.commit(1, None)
-    try:
+    with reading_work(state.directory, f"{path} is gone or damaged"):
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError) as error:
-        advice = start_over(work_dir.directory.parent)
-        raise ResumeError(f"{path} is gone or damaged; {advice}") from error
     return found
+
+
+@contextmanager
+def reading_work(directory: Path, wrong: str) -> Iterator[None]:
+    """Turn what goes wrong while the work of a pass in its directory is read into one error.
+
+    `wrong` says what is found then. The work stays: whoever reads that decides about it.
+    """
+    try:
+        yield
+    except (OSError, RecursionError, StatisticsError, *OF_DAMAGE) as error:
+        raise ResumeError(f"{wrong}; {start_over(directory.parents[1])}") from error
 
 
 def start_over(work_dir: Path) -> str:

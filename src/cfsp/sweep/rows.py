@@ -127,19 +127,18 @@ def write_tables(rows: Sequence[Row], directory: Path) -> list[Path]:
 
 def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return what the tables say of each model, as `--json` and table.json have it."""
-    return [
-        asdict(row) | {"loss_rise": loss_rise(row.values, rows[0].values), "pareto_front": best_on}
-        for row, best_on in zip(rows, _best_on(rows), strict=True)
-    ]
-
-
-def _best_on(rows: Sequence[Row]) -> list[list[str]]:
-    """Return the texts of every model on which nothing smaller is as good."""
+    dense = rows[0].values
     fronts = {
-        text: pareto_front([(row.parameters, row.values[text]) for row in rows])
-        for text in rows[0].values
+        text: pareto_front([(row.parameters, row.values[text]) for row in rows]) for text in dense
     }
-    return [[text for text in fronts if fronts[text][number]] for number in range(len(rows))]
+    return [
+        asdict(row)
+        | {
+            "loss_rise": loss_rise(row.values, dense),
+            "pareto_front": [text for text, best in fronts.items() if best[number]],
+        }
+        for number, row in enumerate(rows)
+    ]
 
 
 def _qualities(rows: Sequence[Row]) -> Table:
@@ -150,10 +149,10 @@ def _qualities(rows: Sequence[Row]) -> Table:
             **_names(row),
             "parameters removed": f"{1 - row.parameters / dense.parameters:.1%}",
             **{text: f"{row.values[text]:z,.2f}" for text in dense.values},
-            "loss rise": f"{loss_rise(row.values, dense.values):z,.2f}",
-            "Pareto front": " ".join(number_of[text] for text in best_on) or "-",
+            "loss rise": f"{record['loss_rise']:z,.2f}",
+            "Pareto front": " ".join(number_of[text] for text in record["pareto_front"]) or "-",
         }
-        for row, best_on in zip(rows, _best_on(rows), strict=True)
+        for row, record in zip(rows, records(rows), strict=True)
     ]
     counts = {
         f"{counted(found['windows'], 'windows')} of {found['seqlen']} tokens"

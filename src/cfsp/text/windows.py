@@ -14,7 +14,7 @@ import hashlib
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -150,3 +150,8 @@ def held_out_documents(sizes: Sequence[int], least: int) -> list[bool]:
         chosen.append(held * total < least * seen)
         held += size * chosen[-1]
     return chosen[::-1]
+
+
+def digests_of(windows: Mapping[str, Windows]) -> dict[str, str]:
+    """Return the digest of the windows of every text, by its name."""
+    return {name: of_text.digest for name, of_text in windows.items()}
