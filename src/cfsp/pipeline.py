@@ -38,6 +38,7 @@ from cfsp.decide import NOTHING_KNOWN, Known, decide, decide_together
 from cfsp.errors import OutputError
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
 from cfsp.job import Job
+from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import Team
 from cfsp.quality.evaluate import evaluation_windows, perplexity_by_text
 from cfsp.quality.perplexity import before_and_after
@@ -272,15 +273,21 @@ def _write_checkpoint(source: Checkpoint, repaired: PruningResult, target: Path)
     pruned = PrunedSource(source, repaired.plan, repaired.tensors)
     digests = write_shards(target, pruned.outgoing())
     pruned.changes.write(source, target)
-    _warn_of_prediction(source, pruned)
+    _warn_of_prediction(source, pruned, repaired.plan)
     copy_travelling_files(source.directory, target)
     return digests | digests_beside_weights(target)
 
 
-def _warn_of_prediction(source: Checkpoint, pruned: PrunedSource) -> None:
-    """Tell people that layers of multi-token prediction do not fit the new numbers of a config."""
+def _warn_of_prediction(source: Checkpoint, pruned: PrunedSource, plan: PruningPlan) -> None:
+    """Tell people that layers of multi-token prediction go, or do not fit the config's numbers."""
     behind, text = source.stored.behind(source.architecture), text_config_of(source.config)
-    if behind and any(getattr(text, k, None) != v for k, v in pruned.changes.text.items()):
+    if behind and plan.removed_blocks:
+        log.warning(
+            "the layers of multi-token prediction (%s and others) are not in the smaller model: "
+            "they go with blocks, after all of which they were trained",
+            behind[0],
+        )
+    elif behind and any(getattr(text, k, None) != v for k, v in pruned.changes.text.items()):
         log.warning(
             "the config of the smaller model no longer describes the layers of multi-token "
             "prediction (%s and others): generate without use_mtp, and serve without speculative "

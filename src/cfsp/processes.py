@@ -97,9 +97,12 @@ class Team:
         return self.rank == 0
 
     def share(self, count: int, batch: int = 1) -> slice:
-        """Return which of so many things are this process's: whole batches, shared evenly."""
+        """Return which of so many things are this process's: whole batches, shared evenly.
+
+        None has more than the first, which waits for the others only for a while.
+        """
         batches = -(-count // batch)
-        first, end = (rank * batches // self.size for rank in (self.rank, self.rank + 1))
+        first, end = (-(-rank * batches // self.size) for rank in (self.rank, self.rank + 1))
         return slice(first * batch, min(end * batch, count))
 
     def add_up_at(self, rank: int, tensors: Iterable[Tensor]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
+from cfsp.architecture.found import Unit
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
@@ -121,12 +122,18 @@ def _work(
         each = token * (1 + places / 2) + head * (1 + places)
         work[runtime.dtype] += each * compared * min(text.seqlen, BEGINNING_TOKENS)
     if repairs:
-        gram = sum(1.25 * unit.columns**2 for unit in source.units)
+        narrowed = _narrowed(source, settings.budget)
+        gram = sum(1.25 * unit.columns**2 for unit in narrowed)
         work[torch.float32] = work.get(torch.float32, 0.0) + gram * text.windows * text.seqlen
-        kept_U = [round(unit.columns * (1 - settings.budget.sparsity)) for unit in source.units]
+        kept_U = [round(unit.columns * (1 - settings.budget.sparsity)) for unit in narrowed]
         solves = (kept**3 / 3 + 2.0 * hidden * kept**2 for kept in kept_U)
         work[torch.float64] = _STRENGTHS * sum(solves)
     return work
+
+
+def _narrowed(source: WeightSource, budget: Budget) -> list[Unit]:
+    """Return the units that may lose some of their channels."""
+    return [unit for unit in source.units if unit.part in budget.channel_parts]
 
 
 def _speed(dtype: torch.dtype, device: torch.device) -> float:
@@ -158,8 +165,9 @@ def _memory_bytes(
     batch = min(text.windows, windows_in_batch(one, runtime.batch_windows))
     activations = batch * text.seqlen * (6 * width + 24 * hidden)
     peak = max(around + block, 2 * block + activations)
-    if settings.repairs:
-        gram = max(gram_bytes(source, index) for index in {unit.block for unit in source.units})
+    if narrowed := settings.repairs and _narrowed(source, settings.budget):
+        width = max(unit.columns for unit in narrowed)
+        gram = max(gram_bytes(narrowed).values())
         kept = round(width * (1 - settings.budget.sparsity))
         system = max(4 * kept**2, 10 * hidden * width)
         shares = [share for _, share in parts_with_shares(text.names, text.windows)]

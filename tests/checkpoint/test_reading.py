@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import cfsp
-from builders import edit_json, edit_tensors, plan_without
+from builders import edit_json, edit_tensors, plan_without, read_json
 from cfsp.architecture.model_classes import build_model
 from cfsp.checkpoint.config_file import read_config, read_plain_fields
 from cfsp.checkpoint.locating import locate_model, open_checkpoint
@@ -270,11 +270,12 @@ def test_a_library_that_a_class_lacks_is_to_be_installed():
         ("nemotron_h", ["NemotronHConfig", "NemotronHForCausalLM", "NemotronHForCausalLM"]),
         ("ernie4_5_moe", ["Ernie4_5_MoeConfig", "Ernie4_5_Model", "Ernie4_5_MoeForCausalLM"]),
         ("phimoe", ["PhiMoEConfig", "PhiMoEModel", "PhiMoEForCausalLM"]),
+        ("exaone", ["ExaoneConfig", "ExaoneModel", "ExaoneForCausalLM"]),  # here it is a Llama
         ("kimi_k25", ["KimiK25Config", *2 * ["KimiK25ForConditionalGeneration"]]),
     ],
 )
 def test_published_code_may_spell_its_classes_in_another_way(model_type, named, tmp_path):
-    """As of Nemotron 3 Nano, ERNIE 4.5, Phi-3.5-MoE and Kimi-K2.5."""
+    """As of Nemotron 3 Nano, ERNIE 4.5, Phi-3.5-MoE, EXAONE and Kimi-K2.5."""
     autos = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
     code = {auto: f"modeling_x.{name}" for auto, name in zip(autos, named, strict=True)}
     fields = {"model_type": model_type, "auto_map": code}
@@ -289,6 +290,15 @@ def test_a_mixture_may_say_that_it_has_no_shared_expert_by_its_width(tiny_checkp
     assert Checkpoint(path).fingerprint == Checkpoint(tiny_checkpoint("qwen3_moe")).fingerprint
     edit_config(path, intermediate_size=0)
     assert "intermediate_size is 0, expected a whole number from 1 to" in refused(path)
+
+
+def test_latent_attention_may_have_no_part_of_a_head_that_is_rotated(copied, tmp_path):
+    """As GLM-5-Next, which has no positions there."""
+    AutoConfig.for_model("glm5_next").save_pretrained(tmp_path)
+    assert read_json(tmp_path / "config.json")["text_config"]["head_dim"] == 0
+    assert read_config(tmp_path)[0].model_type == "glm5_next"
+    edit_config(copied, head_dim=0)
+    assert "head_dim is 0, expected a whole number from 1 to" in refused(copied)
 
 
 def test_an_index_names_each_tensor_of_its_files_which_is_in_one_of_them(copied):

@@ -86,6 +86,7 @@ def test_what_is_stored_behind_the_last_block_goes_with_a_block(tmp_path):
     kept, cut = (PrunedSource(source, plan) for plan in plans)
     assert extra.keys() <= kept.specs.keys()
     assert extra.keys() & cut.specs.keys() == {"mtp.fc.weight"}
+    assert [each.config.num_nextn_predict_layers for each in (kept, cut)] == [1, 0]
     assert model_size(source, dropped=Dropped((2,))).parameters == cut.parameter_count
 
 

@@ -229,10 +229,15 @@ def test_a_state_is_complete_and_a_damaged_one_is_refused(runs):
     assert (state.parent / fields["hidden"]).stat().st_size == 9 * 32 * 32 * 4
     assert len(list(state.parent.glob("statistics-*.safetensors"))) == 2
     statistics = min(state.parent.glob("statistics-*.safetensors"))
-    whole = statistics.read_bytes()
-    for damaged in (whole[:9], None):
-        statistics.unlink() if damaged is None else statistics.write_bytes(damaged)
-        assert "is not complete; start over with: rm -r" in runs.refused(runs.calibrate)
+    for part, wrong in (
+        (statistics, "is not complete"),
+        (state.parent / fields["hidden"], "is gone or damaged"),
+    ):
+        whole = part.read_bytes()
+        for damaged in (whole[:9], None):
+            part.unlink() if damaged is None else part.write_bytes(damaged)
+            assert f"{wrong}; start over with: rm -r" in runs.refused(runs.calibrate)
+        part.write_bytes(whole)
         assert state.is_file()
     statistics.write_bytes(whole)
     said = f"is damaged; start over with: rm -r {runs.directory / 'stats.work'}"

@@ -34,6 +34,8 @@ from cfsp.architecture.activations import Products, is_part, observed_activation
 from cfsp.architecture.found import Architecture, RoutedExperts, Unit
 from cfsp.architecture.model_classes import empty_stock_model, with_values
 from cfsp.architecture.small_run import (
+    TOKENS,
+    WINDOWS,
     FailedCheckError,
     SmallRun,
     check_bites,
@@ -59,20 +61,19 @@ def _check_outputs(run: SmallRun, unit: Unit) -> None:
     place = unit.block, unit.path
     small = next(each for each in run.architecture.units if (each.block, each.path) == place)
     module = block.get_submodule(unit.path)
-    with (
-        checking("outputs", "to see what its experts add"),
-        module.register_forward_hook(lambda _m, _a, out: given.append(first_tensor(out))),
-        observed_activations(
-            block, [small], lambda *_: None, lambda _u, _e, *added: parts.append(added)
-        ),
-    ):
-        run.output(unit.block)
-    # Some give what each expert adds to every token, one expert after the other.
-    rows, hidden = run.calls[unit.block].hidden.flatten(0, -2).shape
-    expected_RD = given[0].reshape(-1, rows, hidden).sum(0)
-    found_RD = torch.zeros_like(expected_RD)
-    for added_RD, token_R in parts:
-        found_RD.index_add_(0, token_R, added_RD)
+    with checking("outputs", "to see what its experts add"):
+        with (
+            module.register_forward_hook(lambda _m, _a, out: given.append(first_tensor(out))),
+            observed_activations(
+                block, [small], lambda *_: None, lambda _u, _e, *added: parts.append(added)
+            ),
+        ):
+            run.output(unit.block)
+        # Some give what each expert adds to every token, one expert after the other.
+        expected_RD = given[0].reshape(-1, WINDOWS * TOKENS, given[0].shape[-1]).sum(0)
+        found_RD = torch.zeros_like(expected_RD)
+        for added_RD, token_R in parts:
+            found_RD.index_add_(0, token_R, added_RD)
     expected = "that what its experts add is what they give together"
     check_same("outputs", expected, lambda: found_RD, expected_RD)
 

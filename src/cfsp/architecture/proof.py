@@ -238,9 +238,10 @@ def _as_entered(run: SmallRun, unit: Unit) -> Unit:
         for name, each in block.named_parameters()
         if name == unit.down or is_bias_of(name, unit.down)
     }
-    with replaced(block, zeros):
-        found, output = _entered_as_the_block(run, unit)
-    always, _ = _entered_as_the_block(run, unit)
+    with checking("entered", "that it runs once in a block, with nothing in its place too"):
+        with replaced(block, zeros):
+            found, output = _entered_as_the_block(run, unit)
+        always, _ = _entered_as_the_block(run, unit)
     after = next((path for path in found if path not in always), None)
     extras = len(output) - 1 if isinstance(output, tuple | list) else None
     return replace(unit, after=after, extras=extras)

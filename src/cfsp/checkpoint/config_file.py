@@ -175,8 +175,12 @@ def _stock_names(auto: str, config_class: type[PreTrainedConfig]) -> list[str]:
         return [_folded(config_class.__name__)]
     autos = {auto, "AutoModelForCausalLM", "AutoModelForImageTextToText"}
     known = (each for each in autos if hasattr(transformers, each))
-    classes = (found for each in known for found in registered_classes(each, config_class))
-    return [_folded(each.__name__) for each in classes]
+    classes = [found for each in known for found in registered_classes(each, config_class)]
+    # EXAONE, whose own class is called after it, is a Llama here.
+    own = config_class.__name__.removesuffix("Config")
+    names = [each.config_class.__name__.removesuffix("Config") for each in classes]
+    alike = [each.__name__.replace(name, own) for each, name in zip(classes, names, strict=True)]
+    return [_folded(name) for name in (*(each.__name__ for each in classes), *alike)]
 
 
 def _folded(name: str) -> str:
@@ -196,12 +200,16 @@ def _say_stock(directory: Path, model_type: str) -> None:
 
 
 def _check_numbers(path: Path, fields: dict[str, Any]) -> None:
-    for key, value in _numbers(fields):
+    numbers = list(_numbers(fields))
+    is_latent = any(key == "qk_rope_head_dim" for key, _ in numbers)
+    for key, value in numbers:
         most = next((most for name, most in _LARGEST if name.fullmatch(key)), None)
         if most is None:
             continue
-        # A mixture without shared experts says so by their number, or by their width.
-        least = 0 if most == _MOST_EXPERTS or key.endswith("_intermediate_size") else 1
+        # A mixture without shared experts says so by their number, or by their width; latent
+        # attention without positions has no part of a head that is rotated.
+        none = most == _MOST_EXPERTS or key.endswith("_intermediate_size")
+        least = 0 if none or (is_latent and key == "head_dim") else 1
         # Some types give a list with a number for each block.
         for number in value if isinstance(value, list) else [value]:
             if type(number) is not int or not least <= number <= most:

@@ -34,7 +34,7 @@ from cfsp.checkpoint.tensor_file import (
     TensorSpec,
     read_weights,
 )
-from cfsp.checkpoint.text_config import text_config_of
+from cfsp.checkpoint.text_config import prediction_layers, text_config_of
 from cfsp.errors import CheckpointError
 from cfsp.settings import DEFAULT_PARTS, Part
 
@@ -349,8 +349,7 @@ def _check_stored(source: WeightSource, model: PreTrainedModel) -> None:
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     # transformers ignores those of the sizes that it knows; a config may name them at any size.
     count = source.architecture.block_count
-    more = getattr(text_config_of(source.config), "num_nextn_predict_layers", 0) or 0
-    told = range(count, count + more)
+    told = range(count, count + prediction_layers(source.config))
     for name in source.stored.behind(source.architecture):
         is_told = source.architecture.block_of(name) in told
         if not is_told and not any(re.search(pattern, name) for pattern in ignored):

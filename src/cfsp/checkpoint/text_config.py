@@ -27,6 +27,14 @@ def longest_input_of(config: PreTrainedConfig) -> int | None:
     return None if found is None else int(found)
 
 
+PREDICTED = "num_nextn_predict_layers"
+
+
+def prediction_layers(config: PreTrainedConfig) -> int:
+    """Return how many layers of multi-token prediction a config names behind the last block."""
+    return int(getattr(text_config_of(config), PREDICTED, None) or 0)
+
+
 def head_size(config: Any) -> int:
     """Return the number of elements of one attention head."""
     return int(

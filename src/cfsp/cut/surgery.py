@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ from cfsp.checkpoint.skeleton import PRUNED_KEY, build_skeleton, tie
 from cfsp.checkpoint.stored_blocks import name_without_blocks, names_without_blocks
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import FileTensor, MadeTensor, StoredTensor, TensorSpec
+from cfsp.checkpoint.text_config import PREDICTED, prediction_layers
 from cfsp.planning.plan_file import PruningPlan
 
 T = TypeVar("T")
@@ -45,9 +47,13 @@ class PrunedSource(WeightSource):
         repaired: Mapping[str, FileTensor] | None = None,
     ) -> None:
         removed = plan.removed_blocks
-        self.changes = config_changes(
+        changes = config_changes(
             source.config, source.architecture, plan.kept_widths, removed, plan.kept_experts
         )
+        behind = prediction_layers(source.config) and source.stored.behind(source.architecture)
+        if removed and behind:  # these go too: `names_without_blocks`
+            changes = replace(changes, text={**changes.text, PREDICTED: 0})
+        self.changes = changes
         self.config = self.changes.applied_to(source.config)
         architecture = source.architecture.without_blocks(removed)
         if plan.kept_experts is not None:

@@ -83,6 +83,8 @@ _VALUES: dict[str, dict[str, Any]] = {
     "glm4v_moe": _with_sections(8, 12, 12, partial_rotary_factor=0.5),
     # 14 vision heads do not divide 1152.
     "aya_vision": {"vision_config": {"model_type": "siglip_vision_model"}},
+    # 24 layers of a vision tower that has work for six: one would be a matrix of 47 GB.
+    "inkling_mm_model": {"vision_config": {"num_hidden_layers": 6}},
     # The ids of image tokens are looked up by name.
     "chameleon": {"vocabulary_map": {"<image>": 8711, "IMGIMGA": 4}},
     "emu3": {"vocabulary_map": {"<image>": 8711, "<|extra_200|>": 8710}},

@@ -12,7 +12,8 @@ Shapes: D hidden, F FFN channels, K channels that stay, E experts, U units of th
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_low
@@ -71,7 +72,7 @@ def choose_and_repair(
     statistics alone. Sums are float32, the solve is float64. New tensors go to the job's work
     directory, until they are in the new checkpoint.
     """
-    _warn_of_memory(job)
+    _warn_of_memory(job, wanted)
     own = part_of(windows, job.work_dir.team, job.runtime.batch_windows)
     visitor = _RidgePass(job, windows, own, wanted)
     blocks = pass_blocks(job.source, windows.part(own), visitor, job.runtime, job.work_dir)
@@ -122,6 +123,7 @@ class _RidgePass(Visitor[list[ChosenBlock]]):
         super().__init__(NAME)
         self._source, self._criterion, self._team = job.source, job.criterion, job.work_dir.team
         self._wanted = wanted
+        self._narrowed = _narrowed(job.source, wanted)
         self._is_held_out_N = windows.held_out_N[own]
         self._directories = [_directory_of(job, number) for number in range(len(wanted))]
         # Of this turn: all blocks, and the one that this process repairs.
@@ -162,13 +164,18 @@ class _RidgePass(Visitor[list[ChosenBlock]]):
         stays = any(keep_U[index] for keep_U in self._wanted for index in indices)
         units = block.units if stays else ()
         observations = [Observation(self._is_held_out_N, unit.ffns) for unit in units]
+        is_narrowed = [index in self._narrowed for index in indices]
 
-        add = (lambda unit, *rows: observations[unit].add(*rows)) if stays else None
-        observed = added_up(self._team, observe(block, add))
+        def add(unit: int, *rows: Any) -> None:
+            if is_narrowed[unit]:
+                observations[unit].add(*rows)
+
+        observed = added_up(self._team, observe(block, add if any(is_narrowed) else None))
         check_seen(block.units, observed.units)
         repairing = block.index % self._team.size
-        for unit, observation in zip(units, observations, strict=True):
-            observation.add_up_at(repairing, self._team, unit.columns, block.device)
+        for unit, observation, narrowed in zip(units, observations, is_narrowed, strict=False):
+            if narrowed:
+                observation.add_up_at(repairing, self._team, unit.columns, block.device)
         if stays and self._team.rank == repairing:
             self._waiting = block.index, observations
         return [ChosenBlock(observed, ((),) * len(indices)) for _ in self._wanted]
@@ -221,7 +228,7 @@ def _repair_unit(
     few: list[int] = []
     for ffn, own_K in kept_of.items():
         down_DF = down_matrix(source, unit, ffn).to(observed.device)
-        gram, held_out_RF = observed.gram_E[ffn], observed.held_out_RF(ffn, unit.width)
+        gram, held_out_RF = observed.gram_E[ffn], observed.held_out_RF(ffn, unit.columns)
         # A dense FFN has as many tokens as the user gave it; of experts some see very few.
         sees_few = gram.tokens < LEAST_FITTED or len(held_out_RF) < LEAST_HELD_OUT
         is_cut = len(own_K) < unit.width
@@ -246,16 +253,32 @@ def _repair_unit(
     return repair, {ffn: solution.down_DK for ffn, solution in solutions.items()}
 
 
-def gram_bytes(source: WeightSource, block: int) -> int:
-    """Return what the Gram matrices of one block take: one, float32, for each FFN of its units."""
-    units = source.architecture.units_of(block)
-    return sum(unit.ffns * unit.columns**2 * torch.float32.itemsize for unit in units)
+def _narrowed(source: WeightSource, wanted: Sequence[Wanted]) -> dict[int, Unit]:
+    """Return the units of which some channels go and others stay, by their index in the model."""
+
+    def is_narrowed(unit: Unit, keep: int | Sequence[int]) -> bool:
+        kept, every = (keep, 1) if isinstance(keep, int) else (len(keep), unit.ffns)
+        return 0 < kept < every * unit.width
+
+    return {
+        index: unit
+        for index, unit in enumerate(source.units)
+        if any(is_narrowed(unit, keep_U[index]) for keep_U in wanted)
+    }
 
 
-def _warn_of_memory(job: Job) -> None:
+def gram_bytes(units: Iterable[Unit]) -> dict[int, int]:
+    """Return what the Gram matrices of units take, by block: one of each FFN, float32."""
+    of_block: Counter[int] = Counter()
+    for unit in units:
+        of_block[unit.block] += unit.ffns * unit.columns**2 * torch.float32.itemsize
+    return of_block
+
+
+def _warn_of_memory(job: Job, wanted: Sequence[Wanted]) -> None:
     """Tell people where the Gram matrices of a block are more than there is memory."""
-    source = job.source
-    needed, block = max((gram_bytes(source, unit.block), unit.block) for unit in source.units)
+    of_block = gram_bytes(_narrowed(job.source, wanted).values()) or {0: 0}
+    needed, block = max((needed, block) for block, needed in of_block.items())
     # Of several processes each has those that it is to repair beside the next block's.
     needed *= min(job.work_dir.team.size, 2)
     available = available_bytes() / processes_on_machine()

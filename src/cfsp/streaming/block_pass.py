@@ -166,8 +166,12 @@ def _room(
     name, pinned, dtype = visitor.name, runtime.device.type == "cuda", runtime.dtype
 
     def open_hidden(shape_NTD: tuple[int, ...]) -> HiddenStates:
-        saved = state.hidden if state else None
-        nbytes = math.prod(shape_NTD) * dtype.itemsize
+        nbytes, saved = math.prod(shape_NTD) * dtype.itemsize, None
+        if state is not None and (saved := state.hidden):
+            path = state.directory / saved
+            with reading_work(state.directory, f"{path} is gone or damaged"):
+                if (found := path.stat().st_size) != nbytes:
+                    raise ValueError(found)
         if nbytes <= work_dir.memory_budget:
             return HiddenStates(shape_NTD, dtype, work_dir.directory / name, saved, pinned=pinned)
         directory = work_dir.directory_of(name)

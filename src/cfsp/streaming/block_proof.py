@@ -98,12 +98,12 @@ def prove_without_attentions(
     _check_some_stay(attentions, {*removed, *gone}, kinds, what)
     leaving = [unit for unit in attentions if unit.block in removed or unit.block in gone]
     dense = run.decoder_output()
-    with ExitStack() as stack:
-        for unit in leaving:
-            attention = run.blocks[unit.block].get_submodule(unit.path)
-            stack.enter_context(attention.register_forward_hook(_nothing))
-        expected = run.decoder_output()
     with _refused(what):
+        with checking("zeros", "that it runs with nothing from them"), ExitStack() as stack:
+            for unit in leaving:
+                attention = run.blocks[unit.block].get_submodule(unit.path)
+                stack.enter_context(attention.register_forward_hook(_nothing))
+            expected = run.decoder_output()
         check_bites("without them", dense, expected)
         checks = list(_checks(run, dense, run))  # while nothing is gone
         with _without_attentions(run, attentions, leaving, kinds):
