@@ -38,6 +38,7 @@ from cfsp.decide import NOTHING_KNOWN, Known, decide, decide_together
 from cfsp.errors import OutputError
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
 from cfsp.job import Job
+from cfsp.planning.importance import COARSE_WINDOWS
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.processes import Team
 from cfsp.quality.evaluate import evaluation_windows, perplexity_by_text
@@ -113,15 +114,19 @@ def prune_checkpoint(
         text = digest_of(digests_of(measured_on))
         same = {"command": digest_of(asked_for), "evaluation text": text}
         check_same_work(team, [source], [runtime], same)
+
+        def measure(model: Checkpoint, name: str) -> dict[str, dict[str, Any]]:
+            if not measured_on or dry_run:
+                return {}
+            with work_dir.watch.stage("evaluate"):
+                return perplexity_by_text(model, measured_on, settings.compute, work_dir, name)
+
+        before = measure(source, "dense")  # one that has no loss fails before the work
         tokenizer = partial(load_tokenizer, source.directory)
         repaired, facts = decide(_job(source, tokenizer, settings, work_dir), known)
         if dry_run:
-            parts = tuple(repaired.plan.criterion.get("parts", DEFAULT_PARTS))
-            if asked.repair != "none" and known.plan is None and Budget(parts=parts).compares:
-                log.warning(
-                    "--dry-run compared plans before repair; the run itself repairs a few of them "
-                    "and may choose another"
-                )
+            if asked.repairs and known.plan is None:
+                _say_what_repair_may_change(repaired.plan, asked, known)
             if team.is_first:
                 repaired.plan.save(staging / PLAN_FILE)
             return prune_report(source, repaired, facts, {}, work_dir, None)
@@ -129,13 +134,7 @@ def prune_checkpoint(
             digests = team.from_first(lambda: _write_checkpoint(source, repaired, staging))
             # Also where nothing is measured: what cannot be read again is not left behind.
             pruned = Checkpoint(staging, "the pruned model")
-        measured: dict[str, dict[str, Any]] = {}
-        if measured_on:
-            with work_dir.watch.stage("evaluate"):
-                measured = before_and_after(
-                    perplexity_by_text(source, measured_on, settings.compute, work_dir, "dense"),
-                    perplexity_by_text(pruned, measured_on, settings.compute, work_dir, "pruned"),
-                )
+        measured = before_and_after(before, measure(pruned, "pruned"))
         if isinstance(settings.goal, MaxLossIncrease):
             with work_dir.watch.stage("evaluate"):
                 dense = float(facts["conditions"]["dense_loss"])
@@ -165,6 +164,21 @@ def check_beforehand(source: Checkpoint, out: Path | None, settings: PruneSettin
     if settings.repairs:
         check_windows(settings.text.windows)
     check_length(source.config, settings.text.seqlen, source.label)
+
+
+def _say_what_repair_may_change(plan: PruningPlan, asked: PruneSettings, known: Known) -> None:
+    """Warn of a plan that was made without the repair of the run itself."""
+    budget = Budget(parts=tuple(plan.criterion.get("parts", DEFAULT_PARTS)))
+    if budget.compares:
+        log.warning(
+            "--dry-run compared plans before repair; the run itself repairs a few of them and may "
+            "choose another"
+        )
+    elif known.statistics is None and asked.text.windows > COARSE_WINDOWS and budget.channel_parts:
+        log.warning(
+            f"--dry-run takes widths from all windows, the run itself from {COARSE_WINDOWS} of "
+            "them before it repairs: some blocks may keep a few channels more or less"
+        )
 
 
 @contextmanager

@@ -239,7 +239,7 @@ def test_prune_reports_all_that_the_readme_promises(told, model, text, text_file
     assert report["calibration_tokens"] == 192
     assert report["peak_rss_bytes"] > 50e6
     assert report["out"] == str(out)
-    stages = ["text", "coarse pass", "sensitivity", "ridge", "cut", "evaluate"]
+    stages = ["evaluate", "text", "coarse pass", "sensitivity", "ridge", "cut"]
     assert list(report["seconds"]) == stages
     assert all(seconds >= 0 for seconds in report["seconds"].values())
     value = report["perplexity"][str(text_file)]
@@ -287,6 +287,10 @@ def test_dry_run_writes_only_the_plan(command, told, model, text, tmp_path):
     report = told(*[tmp_path / "json" if arg == tmp_path / "dry" else arg for arg in argv])
     assert report["out"] is None
     assert report["intermediate_sizes"] == plan.kept_widths
+    for samples, repair, differs in ((8, "ridge", False), (9, "ridge", True), (9, "none", False)):
+        argv[3] = tmp_path / f"{samples}-{repair}"
+        error = command(*argv, "--samples", samples, "--repair", repair).err
+        assert ("the run itself from 8 of them before it repairs" in error) == differs
 
 
 def test_inspect(command, told, model, pruned):

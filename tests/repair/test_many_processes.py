@@ -126,7 +126,7 @@ def test_the_first_process_times_for_all(forks, argv_of, tmp_path, monkeypatch):
     ("dying", "count", "said"),
     [
         (1, BLOCKS + 2, f"ridge: going on at block 2 of {BLOCKS}"),
-        (0, 2 * BLOCKS, f"sequential: going on at block 1 of {BLOCKS}"),
+        (0, 3 * BLOCKS, f"sequential: going on at block 1 of {BLOCKS}"),
     ],
 )
 def test_after_a_death_the_same_command_goes_on(
