@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaForCausalLM
 
+from tiny_decoders import tiny_model
 from tiny_models import TINY_CONFIGS, build_tiny_model
 
 Estimate = Callable[..., dict[str, Any]]
@@ -59,6 +61,23 @@ def test_held_out_windows_are_in_memory(estimate, text_file, other_text_file):
             for count in ("16", "32")
         )
         assert many - few == held_out * 32 * TINY_CONFIGS["llama"]().intermediate_size * 4
+
+
+def test_scores_of_eager_attention_and_values_of_each_token_are_in_memory(
+    argv, estimate, save, monkeypatch
+):
+    alike = ("--repair", "none", "--set", "block_metric=uniform", "--batch-windows", "16")
+    scores = 12 * 16 * TINY_CONFIGS["llama"]().num_attention_heads * 32**2
+    fused = estimate(*alike)["memory_bytes"]
+    monkeypatch.setattr(LlamaForCausalLM, "_supports_sdpa", False)
+    assert estimate(*alike)["memory_bytes"] - fused == scores
+    # Gemma 4 makes a vector of each token for each of its three blocks, here of 16 numbers.
+    model = tiny_model("gemma4_text")
+    argv[1] = str(save(model))
+    few, many = (estimate(*alike, "--seqlen", length)["memory_bytes"] for length in ("16", "32"))
+    width, hidden = model.model.layers[0].mlp.down_proj.in_features, model.config.hidden_size
+    of_token = 6 * width + 24 * hidden + 4 * hidden + 4 * 3 * 16
+    assert many - few == 16 * 16 * of_token
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional
 
 from cfsp.architecture.found import Unit
+from cfsp.architecture.model_classes import model_class_of
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
@@ -164,6 +165,9 @@ def _memory_bytes(
     one = Windows(torch.zeros(1, text.seqlen, dtype=torch.int64), {})
     batch = min(text.windows, windows_in_batch(one, runtime.batch_windows))
     activations = batch * text.seqlen * (6 * width + 24 * hidden)
+    config, model_class = text_config_of(source.config), model_class_of(source.config)
+    if not model_class._supports_sdpa:  # it computes every score of every head, a few times over
+        activations += 12 * batch * config.num_attention_heads * text.seqlen**2
     peak = max(around + block, 2 * block + activations)
     if narrowed := settings.repairs and _narrowed(source, settings.budget):
         width = max(unit.columns for unit in narrowed)
@@ -182,6 +186,9 @@ def _memory_bytes(
         )
     budget = settings.compute.memory_budget
     peak += hidden_bytes if hidden_bytes <= hidden_budget(budget) else 0
+    # What Gemma 3n and 4 make of each token for each of their blocks stays in memory.
+    of_token = getattr(config, "hidden_size_per_layer_input", None) or 0
+    peak += text.windows * text.seqlen * of_token * len(elements) * itemsize
     if follow_sensitivity(settings.criterion, partial(fits, source, runtime)):
         peak = max(peak, needed_bytes(source, runtime.dtype) + prediction_bytes(vocabulary))
     return peak + _INTERPRETER_BYTES + _TOKEN_BYTES * vocabulary
