@@ -239,6 +239,19 @@ def test_attentions_that_are_all_narrower_are_said_by_the_config(tmp_path, token
     assert [fields[key] for key in numbers] == [2, 1, 8]
 
 
+def test_heads_of_another_size_than_a_class_takes_are_said(tmp_path, tokenizer):
+    """A Qwen2 takes it from the hidden size, which fewer heads do not divide as all did."""
+    (tmp_path / "qwen2").mkdir()
+    source = cut(tiny("qwen2"), tokenizer, tmp_path / "qwen2", (64, 64, 64), (1, 1, 1))
+    report, fields = exported(source, "vllm", tmp_path / "out")
+    assert report.layout.startswith("DeciLM") and fields["head_dim"] == 8
+    with pytest.raises(ExportError, match="heads that are together as wide as the hidden state"):
+        export(source.directory, "mlx-lm", tmp_path / "mlx")
+    (tmp_path / "llama").mkdir()
+    source = cut(tiny("llama"), tokenizer, tmp_path / "llama", (64, 64, 64), (1, 1, 1))
+    assert "LlamaForCausalLM" in export(source.directory, "mlx-lm", tmp_path / "llama-mlx").layout
+
+
 def test_other_widths_are_for_vllm_and_equal_ones_for_all(tmp_path, tokenizer):
     message = "multiples of 256 only, and 3 of 3 blocks have others; prune with --set multiple=256"
     (tmp_path / "ragged").mkdir()

@@ -70,7 +70,7 @@ def write(reader: Reader, source: Checkpoint, out: Path) -> Written:
     """Write the checkpoint for one reader into a directory; one of a stock class as such."""
     check(reader, source)
     notes = [f"nothing here reads the copy back: {reader.name} was not run"]
-    if is_stock := not resized_parts(source.config):
+    if is_stock := _is_stock(source.config):
         fields, tensors = _stock_fields(reader, source), source.stored.tensors
         layout = source.architecture.class_name
         notes.append(
@@ -101,7 +101,7 @@ def write(reader: Reader, source: Checkpoint, out: Path) -> Written:
 def check(reader: Reader, source: Checkpoint) -> None:
     """Check that a reader runs what would be written for it."""
     model_type = source.config.model_type
-    if not resized_parts(source.config):
+    if _is_stock(source.config):
         return
     if model_type not in LIKE_LLAMA:
         without = "and without --parts attention " if source.architecture.gone else ""
@@ -114,6 +114,16 @@ def check(reader: Reader, source: Checkpoint) -> None:
         raise CannotSayError(f"{reader.name} reads DeciLM with {reason}")
     for name in source.stored.unused:
         raise CannotSayError(f"{reader.name}'s DeciLM class has no place for the tensor {name}")
+
+
+def _is_stock(config: Any) -> bool:
+    """Return whether a reader's own class for the type builds a checkpoint, if it has one.
+
+    That for Qwen2, whose configs name no size of a head, takes it from the hidden size.
+    """
+    is_told = config.model_type not in LIKE_LLAMA or "head_dim" in config.__dataclass_fields__
+    is_whole = is_told or head_size(config) * config.num_attention_heads == config.hidden_size
+    return is_whole and not resized_parts(config)
 
 
 def _obstacle(reader: Reader, source: Checkpoint) -> str | None:
@@ -130,6 +140,8 @@ def _obstacle(reader: Reader, source: Checkpoint) -> str | None:
     if reader is VLLM:
         in_first = "an attention in the first block, and the model has none there"
         return None if groups[0] else in_first
+    if head_size(config) * max(heads) != config.hidden_size:
+        return "heads that are together as wide as the hidden state only, and the model has others"
     odd = sum(width % ROUNDING > 0 for width in _widths(source))
     if odd:
         return (
@@ -140,8 +152,6 @@ def _obstacle(reader: Reader, source: Checkpoint) -> str | None:
         return f"the activation silu only, and the model has {config.hidden_act}"
     if context_limit(config)[1] is not None:
         return "no sliding window, and the model has one"
-    if head_size(config) * max(heads) != config.hidden_size:
-        return "heads that are together as wide as the hidden state only, and the model has others"
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     return None if rope_type in _ROPE_OF_MLX else f"no positions of type {rope_type}"
 
