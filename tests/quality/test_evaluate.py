@@ -6,7 +6,6 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ from cfsp.quality.perplexity import divergence_and_agreement, negative_log_likel
 from cfsp.result.names import short_names
 from cfsp.settings import Budget, Compute, EvaluationText, PruneSettings
 from cfsp.streaming import block_pass
-from cfsp.streaming.work_dir import WorkDir, temporary_work_dir
+from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.tokenizers import load_tokenizer
 from cfsp.text.windows import Windows
@@ -70,9 +69,13 @@ def test_people_read_of_which_model_and_text_a_pass_is(model, text_file, noted):
     assert bars == [f"{model} on {text_file}"]
 
 
-# With heads, norms and widths of their own; logits that are capped, have a bias, or come behind a
-# projection; and experts. More kinds of heads are in streaming/test_block_stream.py.
-OTHERS = ("gemma2", "phi", "opt-projected", "mixtral", "perturbed", "llama")
+# Heads of all kinds: with a bias, scaled, capped, behind a projection; norms and widths of their
+# own; and experts.
+HEADS = dense_configs(
+    "gemma2", "gpt2", "granite", "llama", "llama-biased", "opt-projected", "phi3",
+    "stablelm-parallel",
+)  # fmt: skip
+OTHERS = sorted({*HEADS, "mixtral", "perturbed", "phi", "qwen2"})
 
 
 @pytest.mark.parametrize("other_name", OTHERS)
@@ -82,6 +85,7 @@ def test_it_is_that_of_the_whole_models(
     # A few positions at a time.
     positions = noted(measuring.Head, "logits", lambda _, hidden_PD: len(hidden_PD))
     monkeypatch.setattr(measuring, "LOGITS_AT_ONCE", 7 * VOCABULARY)
+    monkeypatch.setattr(measuring, "_LOSSES_AT_ONCE", 2 * VOCABULARY)
     monkeypatch.setattr(measuring, "_PROBABILITIES_AT_ONCE", 3 * VOCABULARY)
     monkeypatch.setattr(evaluate, "load", never)
     dense = tiny_checkpoint("llama")
@@ -201,56 +205,6 @@ def test_what_is_printed(tiny_checkpoint, text_file, other_text_file, command):
     )
 
 
-COMPUTE = Compute("cpu", "float32", batch_windows=2)
-
-
-def random_windows(count: int = 5, length: int = 12) -> Windows:
-    return Windows(random_tokens(count, length), {"random": count})
-
-
-def plain(model: Any, windows: Windows) -> float:
-    """Return the perplexity by the whole model's own logits."""
-    with torch.no_grad():
-        logits_NTV = model(input_ids=windows.tokens_NT).logits.double()
-    loss = cross_entropy(logits_NTV[:, :-1].flatten(0, 1), windows.tokens_NT[:, 1:].flatten())
-    return float(loss.exp())
-
-
-def streamed(source: Any, windows: Windows, work_dir: WorkDir | None = None) -> dict[str, Any]:
-    """Return the perplexity block by block, with its conditions."""
-    with temporary_work_dir() as own:
-        (found,) = perplexity_by_text(
-            source, {"text": windows}, COMPUTE, work_dir or own, "dense"
-        ).values()
-    return found
-
-
-# Heads of all kinds: with a bias, scaled, capped, behind a projection; and routed blocks before.
-HEADS = dense_configs(
-    "gemma2", "gpt2", "granite", "llama", "llama-biased", "opt-projected", "phi3",
-    "stablelm-parallel",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", sorted({*HEADS, "mixtral", "phi", "qwen2"}))
-def test_it_is_the_whole_models(name):
-    model, windows = build_tiny_model(name), random_windows()
-    found = streamed(LoadedModel(model), windows)
-    assert found.pop("value") == pytest.approx(plain(model, windows), rel=1e-5)
-    conditions = {"tokens": 5 * 11, "windows": 5, "seqlen": 12, "bos": False, "dtype": "float32"}
-    assert found == {**conditions, "evaluation_part": False, "tokens_digest": windows.digest}
-
-
-def test_logits_are_never_there_for_more_than_a_slice(monkeypatch, noted):
-    model, windows = build_tiny_model("gemma2"), random_windows(3, 20)
-    positions = noted(measuring.Head, "logits", lambda _, hidden_PD: len(hidden_PD))
-    monkeypatch.setattr(measuring, "LOGITS_AT_ONCE", 7 * VOCABULARY)
-    monkeypatch.setattr(measuring, "_LOSSES_AT_ONCE", 2 * VOCABULARY)
-    found = streamed(LoadedModel(model), windows)
-    assert positions == [7, 7, 5] * 3
-    assert found["value"] == pytest.approx(plain(model, windows), rel=1e-5)
-
-
 @pytest.mark.parametrize("rows", [1, 3, 100])
 def test_sliced_loss_is_the_loss(rows, monkeypatch):
     logits_PV = torch.randn(10, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -261,12 +215,15 @@ def test_sliced_loss_is_the_loss(rows, monkeypatch):
 
 
 def test_a_killed_pass_goes_on(tmp_path, monkeypatch, noted):
-    source, windows = LoadedModel(build_tiny_model("llama")), random_windows()
+    source, compute = LoadedModel(build_tiny_model("llama")), replace(FLOAT32, batch_windows=2)
+    windows = {"text": Windows(random_tokens(5, 12), {"random": 5})}
     monkeypatch.setattr("cfsp.streaming.block_pass.SHARE_OF_TIME", 1e9)
 
     def measure(work_dir: WorkDir) -> float:
-        return float(streamed(source, windows, work_dir)["value"])
+        found = perplexity_by_text(source, windows, compute, work_dir, "dense")
+        return float(found["text"]["value"])
 
+    whole = measure(WorkDir(tmp_path / "whole"))
     entered = noted(measuring.StreamedBlock, "advance", lambda it, *_, **__: it.index, BLOCKS)
     with pytest.raises(KeyboardInterrupt):
         measure(WorkDir(tmp_path, identity={}))
@@ -274,7 +231,7 @@ def test_a_killed_pass_goes_on(tmp_path, monkeypatch, noted):
     assert entered == [0, 1, 2, 2]
     assert again == measure(WorkDir(tmp_path, identity={}))  # without any block
     assert len(entered) == BLOCKS + 1
-    assert again == pytest.approx(plain(source.model, windows), rel=1e-5)
+    assert again == whole
 
 
 # What `cfsp eval` and several processes make of it.

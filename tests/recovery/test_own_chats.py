@@ -35,6 +35,12 @@ def with_turns(tokenizer: Any, end: str) -> Any:
     return changed
 
 
+@pytest.fixture(autouse=True)
+def few_words(monkeypatch) -> None:
+    monkeypatch.setattr(module, "_QUESTION_TOKENS", 24)
+    monkeypatch.setattr(module, "_ANSWER_TOKENS", 16)
+
+
 @pytest.fixture(scope="module")
 def dense(tiny_checkpoint) -> Path:
     found: Path = tiny_checkpoint("llama")
@@ -70,7 +76,6 @@ def test_a_template_opens_a_turn_where_a_token_ends_it(tokenizer, chatting):
 
 
 def test_a_model_asks_itself_and_answers(dense, chatting, monkeypatch):
-    monkeypatch.setattr(module, "_ANSWER_TOKENS", 16)
     model = load(dense, dtype="float32")
     chats = own_chats(model, chatting, 40, seed=3)
     assert 4 < len(chats) <= 40

@@ -14,7 +14,7 @@ from cfsp.checkpoint.output import exclusive
 from cfsp.result.manifest import read_manifest
 from commands import Command, ranks
 
-STEPS = 4
+STEPS = 2
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_two_processes_take_the_same_parts(finish, argv_of):
 
 def test_four_processes_fit_to_the_drift_together(finish, argv_of, tmp_path):
     """The first of them has no window that is held out."""
-    asked = ["--repair", "sequential", "--samples", "65", "--sparsity", "0.5", *ASKED[2:]]
+    asked = ["--repair", "sequential", "--samples", "17", "--sparsity", "0.5", *ASKED[2:]]
     finish(argv_of("llama", asked), 4)
     _ridge, fitted = read_json(tmp_path / "many" / MANIFEST_FILE)["repair"]["steps"]
     assert any(block["kept"] for block in fitted["blocks"])

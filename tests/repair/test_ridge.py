@@ -240,7 +240,7 @@ def test_one_window_is_too_little_which_is_said_before_any_pass(model, few, tmp_
 def arguments(model, text_file, tmp_path) -> list[str]:
     """Prune a model by a short text of the test's own."""
     text = tmp_path / "text.txt"
-    text.write_text(text_file.read_text(encoding="utf-8")[:8_000], encoding="utf-8")
+    text.write_text(text_file.read_text(encoding="utf-8")[:4_000], encoding="utf-8")
     windows = ["--data", str(text), "--samples", "8", "--seqlen", "64"]
     out = ["--out", str(tmp_path / "out")]
     return ["prune", str(model), "--sparsity", "0.5", "--multiple", "4", *windows, *out]
@@ -271,7 +271,7 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
     assert f"{pruned} exists" in command(*arguments, "--seed", 1, status=2).err
     # Nor does the same with another text in the file.
     content = text.read_bytes()
-    text.write_bytes(content[2_000:])
+    text.write_bytes(content[1_000:])
     assert f"{pruned} exists" in command(*arguments, status=2).err
     text.write_bytes(content)
     # Nor one without what this version notes.
@@ -300,7 +300,7 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
 
 def test_best_effort_without_blocks_goes_on_after_a_kill(model, text_file, tmp_path):
     """The blocks are chosen from fewer windows than are drawn."""
-    out, text = tmp_path / "out", cfsp.Text("some", text_file.read_text()[:8_000])
+    out, text = tmp_path / "out", cfsp.Text("some", text_file.read_text()[:4_000])
     asked: dict[str, Any] = {"parts": "blocks", "remove": 1, "data": text, "effort": "best"}
     asked |= {"samples": 12, "seqlen": 64, "eval": text, "windows": 2}
     stopped_at("cfsp.recovery.recover.recover_checkpoint", cfsp.prune, model, out=out, **asked)
@@ -379,7 +379,7 @@ def test_best_effort_goes_on_as_memory_had_decided(
     model, few, text_file, tmp_path, monkeypatch, at_first, killed_at, later, left
 ):
     """Free memory is another one later: what was begun to train is trained, and nothing else."""
-    text = cfsp.Text("some", text_file.read_text()[:8_000])
+    text = cfsp.Text("some", text_file.read_text()[:4_000])
     asked: Any = {"sparsity": 0.5, "multiple": 4, "effort": "best", "out": tmp_path / "out"}
     asked |= few | {"data": text}
     monkeypatch.setattr("cfsp.prune_and_recover.lack_of_memory", lambda *_: at_first)
@@ -392,7 +392,7 @@ def test_best_effort_goes_on_as_memory_had_decided(
 
 def test_best_effort_says_of_each_number_how_it_was_computed(model, few, text_file, tmp_path):
     """Training in float16 overflows, so it takes another dtype than the pruning had."""
-    text = cfsp.Text("some", text_file.read_text()[:8_000])
+    text = cfsp.Text("some", text_file.read_text()[:4_000])
     asked: Any = {"sparsity": 0.5, "multiple": 4, "effort": "best", "out": tmp_path / "out"}
     asked |= few | {"data": text, "eval": text, "windows": 2}
     report = cfsp.prune(model, dtype="float16", **asked)
