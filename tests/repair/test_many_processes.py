@@ -150,7 +150,11 @@ def test_after_a_death_the_same_command_goes_on(
 
 @pytest.mark.parametrize(
     ("other", "what"),
-    [(["--seed", "1"], "calibration text"), (["--dtype", "bfloat16"], "--dtype")],
+    [
+        (["--seed", "1"], "calibration text"),
+        (["--dtype", "bfloat16"], "--dtype"),
+        (["--eval", "mixed/books"], "evaluation text"),
+    ],
 )
 def test_processes_with_different_work_are_refused(commands, argv, tmp_path, other, what):
     argv = [*argv, "--out", str(tmp_path / "many")]

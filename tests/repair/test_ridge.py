@@ -21,12 +21,13 @@ from builders import (
     job_of,
     never,
     plan_keeping,
+    read_json,
     stop,
     stopped_at,
 )
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.decide import Known
-from cfsp.errors import TextError
+from cfsp.errors import OutputError, TextError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.candidate import Dropped
 from cfsp.repair.result import PruningResult
@@ -304,6 +305,8 @@ def test_best_effort_without_blocks_goes_on_after_a_kill(model, text_file, tmp_p
     asked: dict[str, Any] = {"parts": "blocks", "remove": 1, "data": text, "effort": "best"}
     asked |= {"samples": 12, "seqlen": 64, "eval": text, "windows": 2}
     stopped_at("cfsp.recovery.recover.recover_checkpoint", cfsp.prune, model, out=out, **asked)
+    with pytest.raises(OutputError, match="out-pruned exists"):  # a report is by the names of texts
+        cfsp.prune(model, out=out, **asked | {"eval": cfsp.Text("another", text.documents)})
     report = cfsp.prune(model, out=out, **asked)
     assert report.out == str(out)  # what was trained, and not what was pruned before
     assert read_manifest(out)["recovery"]["steps"]
@@ -318,6 +321,7 @@ def test_best_effort_where_nothing_goes_trains_nothing(arguments, model, tmp_pat
     arguments[3] = "0"
     assert "recovery" not in json.loads(command(*arguments, "--effort", "best", "--json").out)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt"}
+    assert read_json(tmp_path / "out" / "cfsp.json")["out"] == "out"  # not out-pruned
     assert not changed(model, tmp_path / "out")
 
 

@@ -133,7 +133,8 @@ def run_small(config: PreTrainedConfig, architecture: Architecture, part: Part =
         except UnsupportedModelError:
             raise
         except Exception as error:  # a size that does not fit the others: the next one may
-            reason = first_line(error)
+            if "can't allocate memory" not in str(error):  # or is too much for this machine
+                reason = first_line(error)
     raise UnknownModelError(
         f"the decoder of {architecture.class_name} could not be tried on random weights ({reason})"
     )
