@@ -122,29 +122,25 @@ def test_the_first_process_times_for_all(forks, argv_of, tmp_path, monkeypatch):
     check_alike(argv, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("dying", "count", "said"),
-    [
-        (1, BLOCKS + 2, f"ridge: going on at block 2 of {BLOCKS}"),
-        (0, 3 * BLOCKS, f"sequential: going on at block 1 of {BLOCKS}"),
-    ],
-)
-def test_after_a_death_the_same_command_goes_on(
-    commands, command, finish, argv, text_file, tmp_path, dying, count, said
+def test_after_deaths_the_same_command_goes_on(
+    commands, command, finish, argv, text_file, tmp_path
 ):
     evaluation = ["--eval", str(text_file), "--windows", "1"]
-    argv = [*argv, "--repair", "sequential", *evaluation]
-    ended = commands.together(many(argv, tmp_path), 2, [dying], "after", count, patience=12)
-    left = 1 - dying
-    assert (ended[dying].status, ended[left].status) == (-signal.SIGKILL, 2), ended
-    lines = ended[left].stderr.splitlines()
-    (line,) = [line for line in lines if line.startswith("cfsp prune:")]
-    assert f"[process {left}] process {left} of 2 lost another process, or waited for" in line
-    assert not (tmp_path / "many").exists()
-    error = command(*many(argv, tmp_path), status=2).err
-    assert "holds unfinished work of 2 processes, now there are 1" in error
+    argv, said = [*argv, "--repair", "sequential", *evaluation], []
+    for dying, count in ((1, BLOCKS + 2), (0, 1)):
+        ended = commands.together(many(argv, tmp_path), 2, [dying], "after", count, patience=12)
+        left = 1 - dying
+        assert (ended[dying].status, ended[left].status) == (-signal.SIGKILL, 2), ended
+        said.append(ended[0].stderr)
+        lines = ended[left].stderr.splitlines()
+        (line,) = [line for line in lines if line.startswith("cfsp prune:")]
+        assert f"[process {left}] process {left} of 2 lost another process, or waited for" in line
+        assert not (tmp_path / "many").exists()
+        error = command(*many(argv, tmp_path), status=2).err
+        assert "holds unfinished work of 2 processes, now there are 1" in error
     ended = finish(argv, 2)
-    assert said in ended[0].stderr
+    assert f"ridge: going on at block 2 of {BLOCKS}" in said[1]
+    assert f"sequential: going on at block 1 of {BLOCKS}" in ended[0].stderr
     assert ended[1].stderr == ""  # it would say the same
 
 
