@@ -75,6 +75,22 @@ def test_an_evaluation_of_recovery_tells_how_far_it_is(clock, caplog):
     assert told == [f"recover: {part}%, {each}" for part in (0, 50) for each in of_each]
 
 
+def test_the_time_that_training_takes_is_told_by_its_steps_alone(clock, caplog):
+    pace = Pace(Schedule(10, 2, 0.0, now=lambda: clock.seconds), None)
+    state, args = SimpleNamespace(global_step=0), SimpleNamespace(device=torch.device("cpu"))
+    pace.on_train_begin(args, state, None)
+    clock.seconds += 600  # the evaluation before the first step
+    pace.on_prediction_step(args, state, None, eval_dataloader=range(1))
+    pace.on_evaluate(
+        args, state, None, {"eval_loss": 1.0}, optimizer=SimpleNamespace(param_groups=())
+    )
+    clock.seconds += 40
+    state.global_step = 1
+    pace.schedule.step_done(1, args.device)
+    pace._move_bar("step 1")
+    assert caplog.messages[-1] == "recover: 10%, step 1, 06:00 left"
+
+
 def test_work_within_work_speaks_no_oftener(clock, caplog):
     with item_progress("sweep", 2, "model") as outer:
         for _ in range(2):

@@ -293,9 +293,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.schedule.training_begins()
         if state.global_step:
             self.take_up(state)
-        done = round(self.schedule.progress * _PARTS)
-        # An evaluation, which moves it nowhere, has something to say too.
-        self._bar = item_progress("recover", _PARTS, "‰", initial=done, miniters=0)
+        self._open_bar()
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
@@ -377,6 +375,9 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
                 )
         if not step:
             schedule.training_begins()
+            # The time left is by steps: that evaluation was none.
+            self._bar.close()
+            self._open_bar()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
@@ -385,6 +386,11 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
     def _loss_in_words(self) -> str:
         """Return the loss of the last steps that were logged; nothing before the first."""
         return "" if math.isnan(self._loss) else f"loss {self._loss:.3f}, "
+
+    def _open_bar(self) -> None:
+        done = round(self.schedule.progress * _PARTS)
+        # An evaluation, which moves it nowhere, has something to say too.
+        self._bar = item_progress("recover", _PARTS, "‰", initial=done, miniters=0)
 
     def _move_bar(self, said: str) -> None:
         self._bar.set_postfix_str(said, refresh=False)
