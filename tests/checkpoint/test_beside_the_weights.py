@@ -1,5 +1,6 @@
 """A pruned directory as loaders see it that read every weight file they find in it."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -96,12 +97,17 @@ def test_code_of_a_tokenizer_that_stays_behind_is_not_named(tokenizer, tmp_path)
     edit_json(source / "tokenizer_config.json", lambda fields: fields.update(auto_map=own))
     (source / "own.py").write_text("raise SystemExit('the code was run')")
     (source / "processor_config.json").write_text('{"auto_map"')  # no JSON, and no fault of ours
+    part = {"feature_extractor_type": "WhisperFeatureExtractor"}
+    whole = {"feature_extractor": part | {"auto_map": own}}
+    (source / "preprocessor_config.json").write_text(json.dumps(whole))
     kept.mkdir()
     copy_travelling_files(source, kept)
     found = AutoTokenizer.from_pretrained(kept, trust_remote_code=True)
     assert found("a river")["input_ids"] == tokenizer("a river")["input_ids"]
     assert found.chat_template == tokenizer.chat_template
     assert (kept / "processor_config.json").read_bytes() == b'{"auto_map"'
+    beside = json.loads((kept / "preprocessor_config.json").read_text())
+    assert beside == {"feature_extractor": part}
 
 
 def test_a_snapshot_that_others_fetched_in_part_is_read_and_told(tmp_path, monkeypatch, caplog):

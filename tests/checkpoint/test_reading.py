@@ -195,6 +195,17 @@ def with_foreign_code(directory: Path) -> None:
             (lambda at, text=text: (at / "config.json").write_text(text), "config.json")
             for text in ("", "{}", '{"model_type": ["llama"]}', "\x00")
         ),
+        (
+            lambda at: (at / "config.json").write_bytes(b'\xef\xbb\xbf{"model_type": "llama"}'),
+            "is not a model config, JSON in UTF-8 that names a model_type; correct it or download",
+        ),
+        *(
+            (
+                lambda at, text=text: (at / "generation_config.json").write_text(text),
+                "generation_config.json is not a generation config; correct it or download it aga",
+            )
+            for text in ("[]", "{")
+        ),
         (lambda at: edit_config(at, model_type="no_such_model"), "cfsp families"),
         (with_foreign_code, "brings its own modelling code"),
         (

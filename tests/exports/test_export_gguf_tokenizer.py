@@ -14,7 +14,7 @@ from cfsp.checkpoint.gguf_import import gguf_reader, import_gguf
 from cfsp.checkpoint.gguf_tokenizer import BY_NAME, PRE_TOKENIZERS, fields_of, tokenizer_of
 from cfsp.checkpoint.llama_cpp import llama_cpp_tokens
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.errors import ExportError
+from cfsp.errors import CannotSayError, ExportError
 from cfsp.exports.gguf import write
 from cfsp.exports.registry import export
 from cfsp.text.tokenizers import load_tokenizer
@@ -203,6 +203,21 @@ def test_white_space_behind_special_tokens_of_phi3(tmp_path):
     tokenizer_of(path, gguf_reader(path)).save_pretrained(tmp_path)
     found = load_tokenizer(tmp_path)
     assert [found(text)["input_ids"] for text in texts] == llama_cpp_tokens(path, texts)
+
+
+def test_a_vocabulary_may_have_no_letter_a_but_not_no_merges(tmp_path):
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = BY_NAME["llama-bpe"].splits()
+    core.train_from_iterator(["BCD BCD BC "], trainers.BpeTrainer(special_tokens=["<s>", "</s>"]))
+    capitals = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    assert capitals("a")["input_ids"] == []
+    fields, _ = fields_of(capitals, 310, "llama-bpe")
+    assert fields["tokenizer_model"] == "gpt2"
+    data = json.loads(core.to_str())
+    data["model"]["merges"] = []
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)))
+    with pytest.raises(CannotSayError, match="has no merges, without which"):
+        fields_of(bare, 310, "llama-bpe")
 
 
 @pytest.mark.parametrize(

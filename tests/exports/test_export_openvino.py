@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 import cfsp
 from builders import entries, need_openvino
@@ -144,6 +145,19 @@ def test_positions_that_follow_the_length_of_a_text_are_refused(tokenizer, tmp_p
     source = cut(model, tokenizer, tmp_path)
     with pytest.raises(ExportError, match=r"by the length of the text \(dynamic\)"):
         export(source.directory, "openvino", tmp_path / "ov")
+
+
+def test_attention_within_chunks_is_refused(tokenizer, tmp_path):
+    """The probe is shorter than a chunk, so the verification would not see it."""
+    config = Llama4TextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size_mlp=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, moe_layers=[],
+        attention_chunk_size=32,
+    )  # fmt: skip
+    Llama4ForCausalLM(config).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    with pytest.raises(ExportError, match="not supported: it attends within chunks"):
+        export(tmp_path / "dense", "openvino", tmp_path / "ov")
 
 
 @pytest.mark.real

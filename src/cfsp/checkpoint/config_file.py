@@ -16,6 +16,7 @@ from typing import Any
 
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from cfsp.architecture.model_classes import registered_classes
 from cfsp.checkpoint.modeling_code import FFN_WIDTHS, KV_GROUPS, PER_LAYER_CONFIG
@@ -74,7 +75,8 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]
             "beside its safetensors, or a .gguf file by its path (hf download gets one from a "
             "repository)"
         )
-    with refusing_bad_json(path, f"is not a model config: it names no model_type; {_CORRECT}"):
+    expected = f"is not a model config, JSON in UTF-8 that names a model_type; {_CORRECT}"
+    with refusing_bad_json(path, expected):
         fields = json.loads(path.read_text(encoding="utf-8"))
         model_type = fields["model_type"]
         known = model_type in CONFIG_MAPPING
@@ -86,6 +88,7 @@ def read_config(directory: Path) -> tuple[PreTrainedConfig, Quantisation | None]
         )
     _check_code(directory, fields)
     _check_numbers(path, fields)
+    _check_generation_config(directory / GENERATION_CONFIG_NAME)
     for name in fields.get("architectures") or ():
         if name.endswith(_OTHER_HEADS):
             raise UnsupportedModelError(
@@ -197,6 +200,13 @@ def _say_stock(directory: Path, model_type: str) -> None:
         directory,
         model_type,
     )
+
+
+def _check_generation_config(path: Path) -> None:
+    """Check what travels along: with another kind of JSON transformers loads no model."""
+    if path.is_file():
+        with refusing_bad_json(path, f"is not a generation config; {_CORRECT}, or remove it"):
+            dict[str, Any](json.loads(path.read_text(encoding="utf-8")).items())
 
 
 def _check_numbers(path: Path, fields: dict[str, Any]) -> None:

@@ -275,12 +275,14 @@ def fields_of(
         raise CannotSayError(
             f"gguf export knows BPE tokenizers, this one is {fields['model']['type']}"
         )
+    if byte_level and not special.merges:
+        raise CannotSayError("the tokenizer has no merges, without which llama.cpp reads none")
     ids: list[int] = tokenizer("a")["input_ids"]
     for kind, token, found in (
-        ("bos", tokenizer.bos_token_id, ids[0]),
-        ("eos", tokenizer.eos_token_id, ids[-1]),
+        ("bos", tokenizer.bos_token_id, ids[:1]),
+        ("eos", tokenizer.eos_token_id, ids[-1:]),
     ):
-        special.add_special_token[kind] = token is not None and found == token
+        special.add_special_token[kind] = token is not None and found == [token]
     for end in (turn_end(tokenizer) - {tokenizer.eos_token_id}) & {*range(vocabulary)}:
         special.special_token_ids.setdefault("eot", end)
     tokens, types = _tokens(fields, vocabulary)

@@ -18,6 +18,7 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from hashlib import file_digest
 from pathlib import Path
+from typing import Any
 
 from cfsp.errors import CheckpointError
 
@@ -110,12 +111,15 @@ def _copy_without_code(path: Path, target: Path) -> None:
     """
     with suppress(ValueError, TypeError):
         if path.name.endswith("_config.json") and b'"auto_map"' in (data := path.read_bytes()):
-            fields = {
-                key: each for key, each in dict(json.loads(data)).items() if key != "auto_map"
-            }
+            # A processor has the configs of its parts within its own.
+            fields = json.loads(data, object_hook=_without_code)
             target.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
             return
     shutil.copyfile(path, target)
+
+
+def _without_code(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: each for key, each in fields.items() if key != "auto_map"}
 
 
 def digests_beside_weights(directory: Path) -> dict[str, str]:

@@ -186,7 +186,7 @@ def read_weights(directory: Path) -> dict[str, FileTensor]:
         raise CheckpointError(
             f"{directory} has no {SINGLE_FILE} and no {INDEX_FILE} (found: {found}); {cure}"
         )
-    otherwise = "is not a checkpoint index: no weight_map; download the model again"
+    otherwise = "is not a checkpoint index, JSON with a weight_map; download the model again"
     with refusing_bad_json(index, otherwise):
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))

@@ -157,7 +157,7 @@ def _fields(
     of_blocks = {"feed_forward_length": widths, "head_count": heads, "head_count_kv": groups}
     windows = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
     mixture = "ALL" if type_name == "f32" else "MOSTLY"
-    size, name = head_size(config), Path(source.label).name
+    size, name = head_size(config), Path(source.label).name or source.directory.resolve().name
     if name == "mistral":  # by this very name transformers takes another type than the file's
         name = "mistral-pruned"
     return {

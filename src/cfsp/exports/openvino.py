@@ -44,6 +44,9 @@ def check(source: Checkpoint) -> None:
         raise _unsupported(source, "a traced model cannot choose experts by the text")
     if text_config_of(source.config) is not source.config:
         raise _unsupported(source, "only decoders of text are traced, and this reads images too")
+    if "chunked_attention" in (getattr(source.config, "layer_types", None) or ()):
+        # Said by the mask alone, which is not used here, and no probe is as long as a chunk.
+        raise _unsupported(source, "it attends within chunks")
     rope = getattr(source.config, "rope_parameters", None) or {}
     for each in (rope, *(of_kind for of_kind in rope.values() if isinstance(of_kind, dict))):
         if each.get("rope_type") == "dynamic":
