@@ -26,7 +26,7 @@ from cfsp.planning.plan_file import PruningPlan
 from cfsp.pruning_cost import announce, doubts, say_doubts
 from cfsp.repair.ladder import check_windows, repair, steps_left
 from cfsp.repair.result import PruningResult
-from cfsp.repair.ridge_pass import choose_and_repair, with_ridge
+from cfsp.repair.ridge_pass import choose_and_repair, narrowed_units, with_ridge
 from cfsp.selection.constraint import Constraint
 from cfsp.selection.divergence import with_needed_sensitivity
 from cfsp.selection.drop_order import (
@@ -66,7 +66,7 @@ class _Selected:
 
     job: Job
     constraint: Constraint
-    chooses: bool  # the ridge pass chooses the channels; statistics are those of a coarse pass
+    chooses: bool  # the ridge pass is to choose the channels; statistics are of a coarse pass
     planner: Planner
     candidate: Candidate
 
@@ -127,7 +127,10 @@ def _selected(
         statistics = with_order(job, statistics, most.to_drop())
     if reads_text and job.budget.channel_parts:
         statistics = with_needed_sensitivity(job, statistics)
-    return _Selected(job, constraint, chooses, *select(job, constraint, statistics))
+    planner, candidate = select(job, constraint, statistics)
+    # Where whole blocks are enough nothing gets narrower.
+    chooses = chooses and bool(narrowed_units(job.source, [planner.widths(candidate).kept_U]))
+    return _Selected(job, constraint, chooses, planner, candidate)
 
 
 def _decided(selected: Sequence[_Selected]) -> list[tuple[PruningResult, dict[str, Any]]]:

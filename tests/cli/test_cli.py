@@ -264,6 +264,10 @@ def test_prune_reports_all_that_the_readme_promises(told, model, text, text_file
         ("--parts blocks --target-params 0.99", "the least that can go is more"),
         ("--parts blocks --target-params 1", "as it was asked for"),
         ("--sparsity 0", "as it was asked for"),
+        (
+            "--sparsity 0.1 --multiple 48 --widths equal",
+            "the least that can go is more than what was asked for, in multiples of 48; give a sm",
+        ),
     ],
 )
 def test_nothing_removed_is_said(command, model, text, tmp_path, asked, why):

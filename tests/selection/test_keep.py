@@ -109,9 +109,13 @@ def test_of_the_last_block_its_channels_may_go(source, share, expected):
         Parameters(source, Budget(parts=("ffn", "blocks")), asked).check()
 
 
-@pytest.mark.parametrize(("parts", "keep"), [("ffn,blocks", "0,1"), ("ffn,attention", ())])
-def test_a_size_out_of_reach_is_refused_before_any_pass(source, parts, keep):
-    with pytest.raises(BudgetError, match=f"cannot remove 90.0% of .* with --parts {parts}"):
+@pytest.mark.parametrize(
+    ("parts", "keep", "ways"),
+    [("ffn,blocks", "0,1", "remove less, or --keep less$"), ("ffn,attention", (), "remove less$")],
+)
+def test_a_size_out_of_reach_is_refused_before_any_pass(source, parts, keep, ways):
+    message = f"cannot remove 90.0% of .* with --parts {parts}.*; {ways}"
+    with pytest.raises(BudgetError, match=message):
         Parameters(source, Budget(parts=parts, keep=keep), 0.1).check()
 
 

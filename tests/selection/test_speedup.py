@@ -46,7 +46,7 @@ from cfsp.streaming.runtime import Runtime
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows
 from tiny_decoders import tiny_model
-from tiny_models import BLOCKS
+from tiny_models import BLOCKS, WIDTH
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 PARTS: tuple[Part, ...] = ("ffn", "blocks")
@@ -145,6 +145,14 @@ def test_a_speed_by_blocks(prune, model, latencies, parts, ratio, repair):
         assert len(goal["tried"]) == len(goal["chosen"]["dropped"]["blocks"]) == 2
     kept_U = [unit.kept_width for unit in done.plan.units]
     assert times_faster(found, source, kept_U, Dropped(done.plan.removed_blocks)) >= ratio
+
+
+def test_blocks_go_where_no_channel_can(prune, latencies):
+    """And no pass repairs channels of which none went."""
+    latencies("ffn,blocks")
+    done = prune("--target-speedup", 1.4, "--parts", "ffn,blocks", "--multiple", WIDTH)
+    assert len(done.plan.removed_blocks) == 1 and not done.plan.narrows
+    assert [step["name"] for step in done.manifest["repair"]["steps"]] == ["gaps"]
 
 
 def test_a_speed_out_of_reach_is_refused_before_any_pass(prune, latencies, monkeypatch):

@@ -123,7 +123,7 @@ class _RidgePass(Visitor[list[ChosenBlock]]):
         super().__init__(NAME)
         self._source, self._criterion, self._team = job.source, job.criterion, job.work_dir.team
         self._wanted = wanted
-        self._narrowed = _narrowed(job.source, wanted)
+        self._narrowed = narrowed_units(job.source, wanted)
         self._is_held_out_N = windows.held_out_N[own]
         self._directories = [_directory_of(job, number) for number in range(len(wanted))]
         # Of this turn: all blocks, and the one that this process repairs.
@@ -253,7 +253,7 @@ def _repair_unit(
     return repair, {ffn: solution.down_DK for ffn, solution in solutions.items()}
 
 
-def _narrowed(source: WeightSource, wanted: Sequence[Wanted]) -> dict[int, Unit]:
+def narrowed_units(source: WeightSource, wanted: Sequence[Wanted]) -> dict[int, Unit]:
     """Return the units of which some channels go and others stay, by their index in the model."""
 
     def is_narrowed(unit: Unit, keep: int | Sequence[int]) -> bool:
@@ -277,7 +277,7 @@ def gram_bytes(units: Iterable[Unit]) -> dict[int, int]:
 
 def _warn_of_memory(job: Job, wanted: Sequence[Wanted]) -> None:
     """Tell people where the Gram matrices of a block are more than there is memory."""
-    of_block = gram_bytes(_narrowed(job.source, wanted).values()) or {0: 0}
+    of_block = gram_bytes(narrowed_units(job.source, wanted).values()) or {0: 0}
     needed, block = max((needed, block) for block, needed in of_block.items())
     # Of several processes each has those that it is to repair beside the next block's.
     needed *= min(job.work_dir.team.size, 2)

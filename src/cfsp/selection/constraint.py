@@ -299,6 +299,7 @@ class Parameters(Constraint):
             f"cannot remove {self.share_of_all:.1%} of the model's parameters with --parts "
             f"{','.join(self.budget.parts)}, neither of one of them nor of all together (less than "
             f"{self._most / self.source.parameter_count:.1%} can go); remove less"
+            f"{', or --keep less' if self.budget.keep else ''}"
         )
 
     @property

@@ -199,12 +199,12 @@ def _all_masked(
 
             def scored(count: int, parts: tuple[Part, ...] = parts) -> Scored | None:
                 dropped = Dropped.of(order[:count])
-                share = constraint.share(planner, parts, dropped)
-                if share is None:
-                    return None  # the others do not own so much
-                candidate = Candidate(dropped, 0, parts, share)
-                bar.update()
                 try:
+                    share = constraint.share(planner, parts, dropped)
+                    if share is None:
+                        return None  # the others do not own so much
+                    candidate = Candidate(dropped, 0, parts, share)
+                    bar.update()
                     return Scored(candidate, masked_score(masked, planner, candidate))
                 except BudgetError:
                     return None  # or cannot lose it
