@@ -41,6 +41,17 @@ def _in_turn() -> Iterator[None]:
 
 
 @contextmanager
+def multiplying_in(precision: str, matmul: Any) -> Iterator[None]:
+    """Let a backend of torch multiply what is in float32 in a precision; it is put back."""
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@contextmanager
 def torch_as_it_starts() -> Iterator[None]:
     """Compute as in a fresh process, whatever the code around a call has set.
 
@@ -51,37 +62,32 @@ def torch_as_it_starts() -> Iterator[None]:
     Whatever draws random numbers afterwards draws those that it would have drawn before. One thread
     at a time: most of what is set here, and where a model is built, is the whole process's.
     """
-    with _in_turn():
-        given, device = torch.get_default_dtype(), torch.get_default_device()
-        drawn = random.getstate(), np.random.get_state()
+    with (
+        _in_turn(),
+        ExitStack() as stack,
+        torch.random.fork_rng(()),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
         torch.set_default_dtype(torch.float32)
-        try:
-            with (
-                ExitStack() as stack,
-                torch.random.fork_rng(()),
-                torch.inference_mode(False),
-                torch.enable_grad(),
-            ):
-                accelerator: Any
-                for accelerator in (torch.cuda, torch.xpu):
-                    if accelerator.is_initialized():
-                        state = accelerator.get_rng_state_all()
-                        stack.callback(accelerator.set_rng_state_all, state)
-                    else:  # asking it would take memory there; it begins with the seed of the CPU
-                        stack.callback(accelerator.manual_seed_all, torch.initial_seed())
-                backends: Any = torch.backends
-                for matmul in (backends.cuda.matmul, backends.mkldnn.matmul):
-                    stack.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
-                    matmul.fp32_precision = "ieee"
-                for kind in {"cpu", compute_device("auto").type}:
-                    stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
-                if device.type != "cpu":
-                    stack.enter_context(torch.device("cpu"))
-                yield
-        finally:
-            torch.set_default_dtype(given)
-            random.setstate(drawn[0])
-            np.random.set_state(drawn[1])
+        device = torch.get_default_device()
+        accelerator: Any
+        for accelerator in (torch.cuda, torch.xpu):
+            if accelerator.is_initialized():
+                stack.callback(accelerator.set_rng_state_all, accelerator.get_rng_state_all())
+            else:  # asking it would take memory there; it begins with the seed of the CPU
+                stack.callback(accelerator.manual_seed_all, torch.initial_seed())
+        backends: Any = torch.backends
+        for matmul in (backends.cuda.matmul, backends.mkldnn.matmul):
+            stack.enter_context(multiplying_in("ieee", matmul))
+        for kind in {"cpu", compute_device("auto").type}:
+            stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
+        if device.type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
 
 
 @torch_as_it_starts()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfsp.checkpoint.loading import multiplying_in
 from cfsp.processes import Team
 
 # Relative ridge strengths, to be chosen from on held-out tokens. With some 28,000 tokens of a
@@ -145,8 +146,7 @@ def _places(is_in_R: Tensor, device: torch.device) -> Tensor:
     return is_in_R.nonzero().flatten().to(device)
 
 
-@contextmanager
-def exact_fast_matmul(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+def exact_fast_matmul(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
     """Multiply float32 copies of 16-bit values at 16-bit speed, without losing a bit.
 
     bfloat16 values survive the rounding of inputs to bfloat16 (oneDNN on a CPU) or to TF32
@@ -154,20 +154,11 @@ def exact_fast_matmul(dtype: torch.dtype, device: torch.device) -> Iterator[None
     way. On a CPU with native bfloat16 this is about twice as fast. The setting is put back.
     """
     backends: Any = torch.backends
-    backend: Any = None
     if device.type == "cpu" and dtype == torch.bfloat16:
-        backend, precision = backends.mkldnn.matmul, "bf16"
-    elif device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        backend, precision = backends.cuda.matmul, "tf32"
-    if backend is None:
-        yield
-        return
-    before = backend.fp32_precision
-    backend.fp32_precision = precision
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
+        return multiplying_in("bf16", backends.mkldnn.matmul)
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return multiplying_in("tf32", backends.cuda.matmul)
+    return nullcontext()
 
 
 @dataclass(frozen=True)
