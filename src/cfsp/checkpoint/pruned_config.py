@@ -72,7 +72,7 @@ class ConfigChanges:
             for name in sorted(every & text_fields.keys()) or [key]:
                 text_fields[name] = _spelt_as(text_fields.get(name), old, value)
             # Other software reads a copy at the top, of which the class knows nothing.
-            for name in (every & fields.keys()) - _own_keys(source.config):
+            for name in (every & fields.keys()) - source.config.__dataclass_fields__.keys():
                 if fields[name] == old:
                     fields[name] = value
         _drop_older_keys(source.config, fields, text_fields, self.text)
@@ -97,10 +97,6 @@ def _spelt_as(given: Any, old: Any, value: Any) -> Any:
         return value
     word_of = dict(zip(old, given, strict=True))
     return [word_of.get(word, word) for word in value]
-
-
-def _own_keys(config: PreTrainedConfig) -> set[str]:
-    return set(getattr(type(config), "__dataclass_fields__", ()))
 
 
 def _drop_older_keys(
