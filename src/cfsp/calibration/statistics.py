@@ -9,7 +9,7 @@ Shapes: L blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from itertools import product
@@ -188,10 +188,6 @@ class Statistics:
                 blocks[unit.block] = BlockStatistics(unit.distance_sum, unit.tokens)
         sensitivity = self.sensitivity and self.sensitivity.of_part(part)
         return replace(self, blocks=tuple(blocks), units=units, sensitivity=sensitivity)
-
-    def of_units(self, parts: Collection[Part]) -> Statistics:
-        """Return the statistics of a model that was opened with fewer parts, by those of units."""
-        return replace(self, units=tuple(unit for unit in self.units if unit.part in parts))
 
     def removals_of(self, parts: Sequence[WholePart]) -> list[Removal]:
         """Return the order in which blocks go, attention layers, or both together."""

@@ -229,7 +229,8 @@ def fitting_statistics(source: WeightSource, statistics: Statistics) -> Statisti
     """Return what of statistics a model needs as it was opened; check that they belong to it."""
     record, found = statistics.record, source.fingerprint
     have, need = ({unit.part for unit in of.units} for of in (statistics, source))
-    statistics = statistics.of_units(need)
+    units = tuple(unit for unit in statistics.units if unit.part in need)
+    statistics = replace(statistics, units=units)
     shapes = [(unit.block, unit.part, unit.ffns, unit.width) for unit in statistics.units]
     expected = [(unit.block, unit.part, unit.ffns, unit.columns) for unit in source.units]
     if record.fingerprint == found and not have >= need:
