@@ -67,12 +67,15 @@ def processes_on_machine() -> int:
 
 
 def _told(variable: str, otherwise: int) -> int:
-    """Return the number that torchrun left in the environment; UsageError if it is none."""
+    """Return the number that torchrun left in the environment; UsageError if it is none.
+
+    It is at least what it is without torchrun.
+    """
     text = os.environ.get(variable) or str(otherwise)
-    if not text.isdecimal():
+    if not text.isdecimal() or int(text) < otherwise:
         raise UsageError(
-            f"{variable} must be a whole number, as torchrun sets it, found {text!r}; unset it, or "
-            "start with torchrun"
+            f"{variable} must be a whole number, as torchrun sets it, {otherwise} or more, found "
+            f"{text!r}; unset it, or start with torchrun"
         )
     return int(text)
 

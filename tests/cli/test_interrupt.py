@@ -77,7 +77,9 @@ def test_variables_of_torchrun_that_are_empty_are_those_of_one_process(forks):
     assert (ended.stdout, ended.stderr) == ("NCCL version 2\n{}\n", "")
 
 
-@pytest.mark.parametrize("wrong", [{"WORLD_SIZE": "two"}, {"WORLD_SIZE": "2", "RANK": "-1"}])
+@pytest.mark.parametrize(
+    "wrong", [{"WORLD_SIZE": "two"}, {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "2", "RANK": "-1"}]
+)
 def test_variables_of_torchrun_that_are_no_numbers_are_one_sentence(forks, wrong):
     (ended,) = forks.code("from cfsp.__main__ import main\nprint(main())", wrong)
     assert ended.stdout == "2\n"

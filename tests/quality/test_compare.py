@@ -290,6 +290,28 @@ def test_one_model_of_two_files_is_one(write):
         read_models([write("texts.json", texts), write("tasks.json", tasks)])
 
 
+def test_a_dense_model_of_two_names_is_one(write, command):
+    dense, same, one = model("dense", 0), model("./dense", 0), model("one", 1)
+    dense["documents"], copy = {}, model("cut by nothing", 0)
+    files = [write("a.json", dense, copy), write("b.json", same, one)]
+    assert [each.name for each in read_models(files)] == ["dense", "cut by nothing", "one"]
+    told = [command("compare", *files, *more).out for more in ((), ("--against", "./dense"))]
+    assert told[0] == told[1] and "guessed is left out of the mean" in told[0]
+
+
+def test_written_answers_that_nobody_could_read_are_not_the_same(write):
+    models = [model("dense", 0), model("one", 1)]
+    for each, written in zip(models, ("12 [invalid] [invalid] 7", "13 [invalid] 7 7"), strict=True):
+        each["documents"] = {
+            "gsm8k": [
+                {"id": f"gsm8k/{at}", "hash": "a", "acc": 0.0, "chance": 0.0, "answer": answer}
+                for at, answer in enumerate(written.split())
+            ]
+        }
+    dense, one = read_models([write("a.json", *models)])
+    assert compare(dense, one, dense)["tasks"]["gsm8k"]["kept"]["second"]["value"] == 0.25
+
+
 def test_what_was_compared_with_another_dense_model_is_not_taken_for_this_one_s(write, command):
     dense, other = model("dense", 0), model("another", 3)
     on_wiki, on_code = model("one", 1), model("one", 1)

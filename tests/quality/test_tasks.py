@@ -238,6 +238,16 @@ def test_second_model_is_scored_as_if_it_were_the_first(tiny_checkpoint, tokeniz
     assert other != first
 
 
+def test_a_choice_that_is_longer_than_the_model_reads_is_told(tiny_checkpoint, tokenizer, tmp_path):
+    (tmp_path / "piqa.jsonl").write_text(
+        json.dumps({"query": "a", "choices": ["b", "b" * 600], "gold": 0}) + "\n"
+    )
+    runner = TaskRunner.of(TaskSelection(("piqa",), data=tmp_path))
+    score = runner.scorer(load(tiny_checkpoint("llama")), tokenizer)
+    with pytest.raises(TaskError, match=r"piqa has .* a choice of more than the 256 tokens"):
+        score("piqa")
+
+
 def test_shots_and_limit_reach_the_harness_which_asks_git_nothing(
     tiny_checkpoint, tokenizer, task_data, tmp_path, monkeypatch, capfd
 ):

@@ -28,6 +28,7 @@ from cfsp.errors import (
 from cfsp.quality.perplexity import loss_in_memory
 from cfsp.recovery.data import read_text
 from cfsp.recovery.recover import measured_before
+from cfsp.recovery.schedule import saved_pace
 from cfsp.recovery.settings import Adaptation, Limit, Training
 from cfsp.recovery.trainer import RecoveryTrainer, _exchange, last_checkpoint
 from cfsp.result.manifest import add_to_manifest, read_manifest
@@ -129,6 +130,8 @@ def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(
         with pytest.raises(ResumeError, match="another eval"):
             recovered(evaluation=another)
     assert sorted(work_of(out).rglob("*")) == before
+    last = last_checkpoint(work_of(out) / "process-0-of-1" / "train")
+    assert last is not None
     # What was measured before training is not measured again.
     measured = noted(cfsp.recovery.recover, "perplexity_by_text", lambda *args: args[-1])
     found = recovered(evaluation=evaluation)
@@ -138,6 +141,7 @@ def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(
     same = ("steps", "best_step", "history")
     assert [vars(found)[key] for key in same] == [whole[key] for key in same]
     assert found.tokens_per_second > 0  # although none is trained on now
+    assert found.seconds["train"] > saved_pace(last[1])["elapsed"]
     assert changed(plain, out) == set()  # the same seed gives the same weights
 
 

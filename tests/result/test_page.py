@@ -255,8 +255,9 @@ def test_numbers_of_more_or_fewer_things_share_no_row(run):
     estimate = {"value": 0.5, "stderr": None}
     pair = dict.fromkeys(("first", "second", "difference"), estimate)
 
-    def compared(count: int, tasks: Sequence[str], shots: int) -> dict[str, Any]:
+    def compared(count: int, tasks: Sequence[str], shots: int, digest: str = "") -> dict[str, Any]:
         of_task = {"documents": count, "shots": shots, "is_above_chance": True, "accuracy": pair}
+        of_task["digest"] = digest
         return {
             "texts": {"news": {"windows": count, "divergence": pair, "agreed": pair}},
             "tasks": {task: {**of_task, "kept": pair} for task in tasks},
@@ -264,6 +265,7 @@ def test_numbers_of_more_or_fewer_things_share_no_row(run):
             "accuracy": pair,
             "kept": pair,
             "questions": count,
+            "answers_digest": digest,
             "answers": {"divergence": pair, "agreed": None, "loops": pair},
         }
 
@@ -281,6 +283,8 @@ def test_numbers_of_more_or_fewer_things_share_no_row(run):
     assert rows(one, compared(5, ["piqa"], 0)) == [4, 2, 8]
     assert rows(one, compared(4, ["piqa"], 5)) == [2, 2, 8]
     assert rows(one, compared(4, ["piqa", "boolq"], 0)) == [2, 2, 8]
+    # As many, but others.
+    assert rows(one, compared(4, ["piqa"], 0, "other")) == [4, 2, 8]
 
 
 def test_a_pair_of_tasks_says_what_it_is_of():

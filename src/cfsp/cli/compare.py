@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> Told:
     of_file = models_in(file) if not is_named and exists(file) and file.is_file() else []
     with refusing_damage([*args.files, *([file] if of_file else [])]):
         models = joined_models([*measured, *of_file])
-        dense = _same(models, of_file[0]) if of_file else _dense(models, args.against)
-        base = None if args.base is None else _named(models, args.base, "--base")
+        dense = _same(models, of_file[0]) if of_file else _dense(models, measured, args.against)
+        base = None if args.base is None else _named(models, measured, args.base, "--base")
         found = comparisons(models, dense, base)
     against = None if dense is None else dense.name
 
@@ -78,9 +78,11 @@ def run(args: argparse.Namespace) -> Told:
     return {"against": against, "pairs": found}, say
 
 
-def _dense(models: Sequence[MeasuredModel], against: str | None) -> MeasuredModel | None:
+def _dense(
+    models: Sequence[MeasuredModel], measured: Sequence[MeasuredModel], against: str | None
+) -> MeasuredModel | None:
     if against is not None:
-        return _named(models, against, "--against")
+        return _named(models, measured, against, "--against")
     prints = frozenset().union(*(each.against for each in models))
     if len(prints) > 1:
         raise UsageError(
@@ -94,10 +96,16 @@ def _same(models: Sequence[MeasuredModel], one: MeasuredModel) -> MeasuredModel:
     return next((each for each in same if each.name == one.name), same[0])
 
 
-def _named(models: Sequence[MeasuredModel], name: str, flag: str) -> MeasuredModel:
+def _named(
+    models: Sequence[MeasuredModel], measured: Sequence[MeasuredModel], name: str, flag: str
+) -> MeasuredModel:
+    """Return a model by its name or, of one that has several, by another as it was `measured`."""
     for each in models:
         if each.name == name:
             return each
+    called_so = {each.fingerprint for each in measured if each.name == name}
+    if len(called_so) == 1:
+        return next(each for each in models if each.fingerprint in called_so)
     known = ", ".join(each.name for each in models)
     raise UsageError(f"{flag}: expected a model of the files ({known}), found {name!r}")
 

@@ -8,14 +8,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from operator import eq
 from statistics import geometric_mean
 from typing import Any
 
 from cfsp.errors import ReportError
 from cfsp.quality.paired import Number, as_json, difference, mean, mean_of_tasks, per_count
-from cfsp.quality.results_file import MeasuredModel, Measures, answer_measures, hashes
-from cfsp.quality.tasks.harness import ScoredDocument, chance_of, losses_of
+from cfsp.quality.results_file import (
+    MeasuredModel,
+    Measures,
+    answer_measures,
+    digest_of,
+    hashes,
+)
+from cfsp.quality.tasks.harness import UNREAD, ScoredDocument, chance_of, losses_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,17 +42,18 @@ def compare(
     Returns:
         As JSON types: the names of the `first` and the `second`; `texts` and `tasks` by name, see
         below; `left_out`, the tasks on which the dense model is not better than a guess; of the
-        others the mean `accuracy` and `kept`; how many `questions` both were asked, and by measure
-        how their `answers` differ (see `answer_measures`). Each measure is a pair: `first`,
+        others the mean `accuracy` and `kept`; how many `questions` both were asked, the
+        `answers_digest` of the dense model's answers, and by measure how theirs differ, `answers`
+        (see `answer_measures`). Each measure is a pair: `first`,
         `second` and their `difference`, each a `value` with its `stderr`; None where it is not
         known, as without the dense model what compares with it.
 
         Of a text how many `windows`, `loss` and `divergence` (KL from the dense model) per token in
         nats, `agreed` (top-1 agreement). Of a task its `metric` (`acc_norm` where it has it, else
-        `acc`), how many `documents`, after how many `shots`, the accuracy of the `dense` model and
-        of a guess (`chance`), whether the former `is_above_chance`, `accuracy`, `kept` (share of
-        answers that are the dense model's, where one of several is picked), and of a free
-        continuation `loss` in nats.
+        `acc`), how many `documents` and a `digest` of them, after how many `shots`, the accuracy of
+        the `dense` model and of a guess (`chance`), whether the former `is_above_chance`,
+        `accuracy`, `kept` (share of answers that are the dense model's), and of a free continuation
+        `loss` in nats.
     """
     texts = {
         text: _of_texts(text, first, second, dense)
@@ -76,6 +82,7 @@ def compare(
             "left_out": left_out,
             **{name: _mean([each[name] for each in counted]) for name in ("accuracy", "kept")},
             "questions": len(first.answers["documents"]) if answers else 0,
+            "answers_digest": first.answers["digest"] if answers else "",
             "answers": answers,
         }
     )
@@ -170,6 +177,7 @@ def _of_tasks(
     return {
         "metric": metric,
         "documents": len(one),
+        "digest": digest_of(one),
         "shots": first.tasks.get(task, {}).get("shots"),
         "dense": None if of_dense is None else mean([each[metric] for each in of_dense]),
         "chance": chance_of(one),
@@ -190,7 +198,9 @@ def _of_task(
             [each.get(name, each.get("answer")) for each in some] for some in (documents, of_dense)
         )
         if None not in (*own, *expected):  # there is something that can be the same
-            found["kept"] = list(map(float, map(eq, own, expected)))
+            # Two of which nothing could be read are not.
+            pairs = zip(own, expected, strict=True)
+            found["kept"] = [float(one == other != UNREAD) for one, other in pairs]
     if (losses := losses_of(documents)) is not None:
         found["loss"] = losses
     return {name: (values, [1] * len(documents)) for name, values in found.items()}

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +171,19 @@ def models_in(path: Path) -> list[MeasuredModel]:
 
 
 def joined_models(models: Iterable[MeasuredModel]) -> list[MeasuredModel]:
-    """Return models of several files; what is in several of them is one model."""
+    """Return models of several files; what is in several of them is one model.
+
+    A dense model is one under whatever name: it has that of the first file.
+    """
+    models = list(models)
+    dense = frozenset().union(*(each.against for each in models))
     found: dict[tuple[str, str], MeasuredModel] = {}
     for each in models:
         key = (each.name, each.fingerprint)
+        if key not in found and each.fingerprint in dense:
+            # Of one file it may be what was cut by nothing.
+            same = (k for k, m in found.items() if k[1] == key[1] and m.file != each.file)
+            key = next(same, key)
         found[key] = found[key].with_more(each) if key in found else each
     names = [name for name, _fingerprint in found]
     return [
@@ -185,6 +195,11 @@ def joined_models(models: Iterable[MeasuredModel]) -> list[MeasuredModel]:
 def hashes(documents: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """Return what the documents of two models must have in common to be compared."""
     return [(document["id"], document["hash"]) for document in documents]
+
+
+def digest_of(documents: Sequence[dict[str, Any]]) -> str:
+    """Return a digest of the same."""
+    return sha256(str(hashes(documents)).encode()).hexdigest()[:16]
 
 
 def answer_measures(answers: dict[str, Any]) -> Measures:

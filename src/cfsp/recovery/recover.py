@@ -180,7 +180,9 @@ def recover_checkpoint(
         report = _recover(ready, own, command)
     if not is_first_process():
         return report
-    limit, took = settings.training.limit.minutes, (time.monotonic() - started) / 60
+    limit = settings.training.limit.minutes
+    # Of a killed run the stages have its time too.
+    took = max(time.monotonic() - started, sum(report.seconds.values())) / 60
     if limit is not None and took > limit:
         logger.warning(
             f"recovery took {took:.1f} minutes, more than --max-minutes {limit:g}; it "
@@ -291,6 +293,8 @@ def _train(
         report = train(adapted, ready.at_rate(rate), schedule, loss)
         # Whole, on the CPU of the first process; all must ask.
         tensors = get_model_state_dict(adapted, options=WHOLE) if sharded else {}
+    # A run that was killed had begun so much earlier.
+    watch.add("train", ready.started - schedule.started)
     if tensors:
         # The parts of this process are not all: what was trained goes into the model as it was.
         del adapted, model

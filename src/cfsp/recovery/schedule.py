@@ -59,7 +59,6 @@ class Schedule:
     """What a run does after each of its steps, the same on every process.
 
     It ends after so many steps or, where there are `seconds`, when these are over.
-
     Where `follows_loss`, the rate falls with the root of the held-out loss before training: the
     less there is to learn the nearer it is. KL grows with the square of the way, and Adam's way is
     the rate's. A loss above 1 leaves the rate as it is.
@@ -375,8 +374,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
                 )
         if not step:
             schedule.training_begins()
-            # The time left is by steps: that evaluation was none.
-            self._bar.close()
+            self._bar.close()  # the time left is by steps, and that evaluation was none
             self._open_bar()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -170,13 +170,14 @@ class Fact:
     conditions: Conditions | None = None  # of what was measured on it
     detail: str = ""
     ratio: float | None = None  # after / before as it was measured, where that is another
+    digest: str = ""  # of the documents or questions that it was measured on
 
     @property
-    def key(self) -> tuple[str, str, str, Conditions | None, str]:
+    def key(self) -> tuple[str, str, str, Conditions | None, str, str]:
         """What the numbers of several models must have in common to compare."""
         # Which blocks are gone differs; on how many documents a score is must not.
         measured_on = "" if self.heading == SIZE else self.detail
-        return self.heading, self.name, self.text, self.conditions, measured_on
+        return self.heading, self.name, self.text, self.conditions, measured_on, self.digest
 
     def of(self, side: str, number: Number) -> Fact:
         """Return the same with a number of the original, `before`, or of the other, `after`."""

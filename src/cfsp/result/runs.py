@@ -21,7 +21,7 @@ from cfsp.errors import CheckpointError, ReportError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.compare import compare
 from cfsp.quality.paired import Number
-from cfsp.quality.results_file import measured_model
+from cfsp.quality.results_file import digest_of, measured_model
 from cfsp.result.facts import (
     COUNT,
     NATS,
@@ -327,7 +327,8 @@ def _quality_facts(both: Sides) -> list[Fact]:
                     number = _number({"value": scores[metric], "stderr": error})
                     detail = _examined(scores)
                     name = f"{task}, {metric}{', nats' if unit is NATS else ''}"
-                    fact = Fact(TASKS, name, unit, detail=detail)
+                    digest = digest_of(model.get("documents", {}).get(task, ()))
+                    fact = Fact(TASKS, name, unit, detail=detail, digest=digest)
                     facts.append(fact.of(side, number))
     before, after = (both.get(side, {}) for side in ("before", "after"))
     if "windows" in before and "windows" in after:
@@ -356,7 +357,8 @@ def _comparison_facts(comparison: Mapping[str, Any], measured: Mapping[str, Any]
         if pair := comparison.get("answers", {}).get(key):
             before = _number(pair["first"]) if key in ("stops", "loops") else None
             detail = counted(comparison["questions"], "questions")
-            facts.append(Fact(ANSWERS, name, unit, before, _number(pair["second"]), detail=detail))
+            on = {"detail": detail, "digest": comparison.get("answers_digest", "")}
+            facts.append(Fact(ANSWERS, name, unit, before, _number(pair["second"]), **on))
     for text, pairs in comparison.get("texts", {}).items():
         how = Conditions.of(text, measured[text])
         for key, (name, unit) in _OF_TEXTS.items():
@@ -374,7 +376,10 @@ def _comparison_facts(comparison: Mapping[str, Any], measured: Mapping[str, Any]
                 detail = mean_of if pairs is comparison else _examined(pairs)
                 detail += guess if key == "accuracy" else ""
                 called = f"{task}, {name.format(metric=pairs.get('metric', 'accuracy'))}"
-                facts.append(Fact(PAIRS, called, unit, None, _number(pair[of]), detail=detail))
+                counted_in = counts.values() if pairs is comparison else [pairs]
+                digest = ",".join(its.get("digest", "") for its in counted_in)
+                number = _number(pair[of])
+                facts.append(Fact(PAIRS, called, unit, None, number, detail=detail, digest=digest))
     return facts
 
 

@@ -111,6 +111,10 @@ class Stopwatch:
         """Seconds by stage."""
         return {name: round(spent, 3) for name, spent in self._spent.items()}
 
+    def add(self, name: str, seconds: float) -> None:
+        """Add what a stage took elsewhere, as in a run that was killed."""
+        self._spent[name] = self._spent.get(name, 0.0) + seconds
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the time of a block of code to a stage."""

@@ -58,6 +58,7 @@ logger = logging.getLogger(__name__)
 HARNESS_METRICS = ("acc", "acc_norm", "exact_match")
 # How the harness takes an answer from what was written; the first that a task has is taken.
 FILTERS = ("none", "strict-match", "flexible-extract")
+UNREAD = "[invalid]"  # what they give where they find no answer
 
 ScoredDocument = dict[str, Any]
 _FEWSHOT_SEED = 1234  # that of the harness's own command
@@ -203,7 +204,7 @@ class TaskRunner:
 
         # The harness would fork for its bootstrap: a fork of many threads can hang for ever.
         os.environ["DISABLE_MULTIPROC"] = "1"
-        with _quiet():
+        with _quiet(), _saying_what_is_too_long(name, lm.max_length):
             loaded = self.load(name)
             leaves = loaded["tasks"]
             for task in leaves.values():
@@ -358,6 +359,18 @@ def _gold(found: Any, choices: Sequence[str]) -> int | list[int]:
     if isinstance(found, list):
         return [int(each) for each in found]
     return choices.index(found) if isinstance(found, str) else int(found)
+
+
+@contextmanager
+def _saying_what_is_too_long(name: str, most: int) -> Iterator[None]:
+    """Turn the harness's own check of what it is to score into a `TaskError`."""
+    try:
+        yield
+    except AssertionError as error:
+        raise TaskError(
+            f"{name} has something that cannot be scored, such as a choice of more than the "
+            f"{most} tokens that the model reads; leave it out of --task-data, or give a --limit"
+        ) from error
 
 
 @contextmanager

@@ -143,4 +143,6 @@ def _document(line: str, where: str, form: str) -> dict[str, Any]:
         )
     if not all(isinstance(option, str) and option for option in options):
         raise TaskError(f"{where}: a choice is empty or not text")
+    if document.get("continuation") == "":
+        raise TaskError(f"{where}: the continuation is empty")
     return {name: document[name] for name in fields}
