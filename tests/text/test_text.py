@@ -289,53 +289,45 @@ def test_chats_need_a_template_that_takes_them(chats, tokenizer):
         list(conversation_texts([conversation(0)], plain))
 
 
-def test_a_template_that_reads_the_parts_of_a_message(chats, tokenizer):
-    """Those of LLaVA-OneVision and SmolVLM see nothing in a message that is a text itself."""
-    of_parts = copy.deepcopy(tokenizer)
-    of_parts.chat_template = (
-        "{% for m in messages %}<{{ m['role'] }}>{% for part in m['content'] %}"
-        "{% if part['type'] == 'image' %}<image>{% elif part['type'] == 'text' %}"
-        "{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
-    )
-    expected = [f"<user>number {i} of the river<assistant>green stone {i}" for i in range(60)]
-    assert list(TextSource(str(chats), "calibration").texts(of_parts)) == expected
-    # Of a text it would show the `a` of "assistant".
-    short = [{"role": "user", "content": "river"}, {"role": "assistant", "content": "a"}]
-    assert list(conversation_texts([short], of_parts)) == ["<user>river<assistant>a"]
+# Those of LLaVA-OneVision and SmolVLM see nothing in a message that is a text itself.
+OF_PARTS = (
+    "{% for m in messages %}<{{ m['role'] }}>{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% elif part['type'] == 'text' %}"
+    "{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+# Those of Llama 3.2, SmolLM3 and gpt-oss do: a killed run goes on tomorrow.
+DATED = (
+    "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %} "
+    '{{ strftime_now("%Y-%m-%d") }}'
+)
+CALLS = (
+    "{% for m in messages %}{{ m['content'] }}{% for call in m.tool_calls or () %}"
+    "[{{ call.function.name }}]{% endfor %}{% endfor %}"
+)
+QUOTED = {"role": "user", "content": 'a "river"'}
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "add"}}]}
 
 
-def test_a_template_that_tells_the_date_tells_the_same_every_day(tokenizer):
-    """As those of Llama 3.2, SmolLM3 and gpt-oss do: a killed run goes on tomorrow."""
-    dated = copy.deepcopy(tokenizer)
-    dated.chat_template = (
-        "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %} "
-        '{{ strftime_now("%Y-%m-%d") }}'
-    )
-    (text,) = conversation_texts([conversation(0)], dated)
-    assert text == "26 Jul 2024 2024-07-26"
-
-
-@pytest.mark.parametrize("nothing", [{}, {"content": None}])
-def test_a_message_that_calls_tools_needs_no_content(nothing, tmp_path, tokenizer):
-    calls = copy.deepcopy(tokenizer)
-    calls.chat_template = (
-        "{% for m in messages %}{{ m['content'] }}{% for call in m.tool_calls or () %}"
-        "[{{ call.function.name }}]{% endfor %}{% endfor %}"
-    )
-    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add"}}], **nothing}
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"messages": [*conversation(1), call]}))
-    (text,) = TextSource(str(path), "calibration").texts(calls)
-    assert text == "number 1 of the rivergreen stone 1[add]"
-
-
-@pytest.mark.parametrize("written", ["m['content'].upper()", "m['content'] | tojson"])
-def test_a_template_that_writes_messages_in_another_form(written, tokenizer):
+@pytest.mark.parametrize(
+    ("template", "said", "expected"),
+    [
+        (OF_PARTS, conversation(7), "<user>number 7 of the river<assistant>green stone 7"),
+        # Of a text it would show the `a` of "assistant".
+        (OF_PARTS, [QUOTED, {"role": "assistant", "content": "a"}], '<user>a "river"<assistant>a'),
+        (DATED, conversation(7), "26 Jul 2024 2024-07-26"),
+        (CALLS, [*conversation(7), CALL], "number 7 of the rivergreen stone 7[add]"),
+        (CALLS, [{**CALL, "content": None}], "[add]"),
+        ("{{ messages[0]['content'].upper() }}", [QUOTED], 'A "RIVER"'),
+        ("{{ messages[0]['content'] | tojson }}", [QUOTED], json.dumps(QUOTED["content"])),
+    ],
+    ids=("parts", "part", "date", "tools", "null", "upper", "json"),
+)
+def test_what_templates_make_of_a_conversation(template, said, expected, tmp_path, tokenizer):
     other = copy.deepcopy(tokenizer)
-    other.chat_template = "{% for m in messages %}{{ " + written + " }}{% endfor %}"
-    said = 'a "river"'
-    (text,) = conversation_texts([[{"role": "user", "content": said}]], other)
-    assert text == (said.upper() if "upper" in written else json.dumps(said))
+    other.chat_template = template
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": said}))
+    assert [*TextSource(str(path), "calibration").texts(other)] == [expected]
 
 
 def test_images_are_left_out_and_that_is_said_once_of_each_text(tmp_path, tokenizer, caplog):
