@@ -98,6 +98,15 @@ def statistics_with_distances(distance_L: Sequence[float]) -> Statistics:
     return Statistics.of(blocks, RECORD)
 
 
+def raising(error: BaseException) -> Callable[..., Any]:
+    """Return what fails whenever it is called."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return fail
+
+
 def never(*_: Any, **__: Any) -> Any:
     """Be what is not to be called."""
     raise AssertionError("this is not needed")

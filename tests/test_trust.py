@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cfsp
-from builders import entries
+from builders import entries, raising
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import exclusive, staged_directory, staged_file
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
@@ -105,11 +105,7 @@ def test_a_lock_that_a_killed_run_left_may_be_removed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_where_the_file_system_has_no_locks_a_file_is_one(number, tmp_path, monkeypatch):
     """As on NFS without a daemon of locks."""
-
-    def flock(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr("fcntl.flock", raising(OSError(number, os.strerror(number))))
     check_keeps_others_out(tmp_path / "place", "another run is working in .*place; wait for it")
     assert entries(tmp_path) == set()
 

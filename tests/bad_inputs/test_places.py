@@ -29,7 +29,7 @@ from bad_inputs.catalogue import (
     refusals,
     spoilt,
 )
-from builders import edit_json, read_json
+from builders import edit_json, raising, read_json
 from cfsp.checkpoint.locating import given_path
 from cfsp.checkpoint.output import check_output_is_free, write_atomically
 from cfsp.checkpoint.own_files import check_links
@@ -210,11 +210,8 @@ def test_a_limit_on_the_size_of_files(place, capfd):
 
 def test_no_place_for_temporary_files(monkeypatch):
     """As where all disks are full: Python tries to write to each."""
-
-    def fail() -> str:
-        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp', '/']")
-
-    monkeypatch.setattr("tempfile.gettempdir", fail)
+    error = FileNotFoundError(2, "No usable temporary directory found in ['/tmp', '/']")
+    monkeypatch.setattr("tempfile.gettempdir", raising(error))
     said = "no directory for temporary files can be written to; make room there, or set TMPDIR"
     with pytest.raises(OutputError, match=said), temporary_work_dir():
         pass

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, pipeline
 
 import cfsp
-from builders import edit_json, entries
+from builders import edit_json, entries, raising
 from cfsp.checkpoint import gguf_import, locating
 from cfsp.checkpoint.own_files import MODELING_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
@@ -131,9 +131,7 @@ def test_no_cache_of_the_hub_has_to_be_writable(pruned, tmp_path, monkeypatch):
 
 
 def test_a_place_that_cannot_be_written_to_says_what_to_set(tmp_path, monkeypatch):
-    def fails(*_: object, **_more: object) -> None:
-        raise PermissionError(13, "Permission denied", "/read-only/hub")
-
+    fails = raising(PermissionError(13, "Permission denied", "/read-only/hub"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
     with pytest.raises(CheckpointError, match=r"/read-only/hub: Permission denied.*set HF_HOME"):
         locating.locate_model("no-one/nothing")

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import cfsp
-from builders import entries, random_tokens
+from builders import entries, raising, random_tokens
 from cfsp.checkpoint import gguf_import
 from cfsp.checkpoint.gguf_import import import_gguf
 from cfsp.checkpoint.gguf_rope import (
@@ -246,21 +246,17 @@ def test_positions_that_no_config_says_are_refused(make_gguf, monkeypatch):
 
 
 def test_a_tokenizer_that_cannot_split_is_told(make_gguf, monkeypatch):
-    def fail(*_: object) -> None:
-        raise Exception("Unk token `None` not found in the vocabulary")
-
     path = make_gguf(1.0)
-    monkeypatch.setattr("cfsp.checkpoint.gguf_import.tokens_differ", fail)
+    error = Exception("Unk token `None` not found in the vocabulary")
+    monkeypatch.setattr("cfsp.checkpoint.gguf_import.tokens_differ", raising(error))
     with pytest.raises(CheckpointError, match=r"cannot read .*Unk token.*; use the safetensors"):
         import_gguf(path)
 
 
 def test_where_there_is_no_room_another_place_is_asked_for(make_gguf, monkeypatch):
-    def fail(*_: object) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-
     path = make_gguf(1.0)
-    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
+    error = SafetensorError("I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", raising(error))
     with pytest.raises(OutputError, match="set CFSP_CACHE to a directory that can be"):
         import_gguf(path)
 
@@ -288,11 +284,8 @@ def test_a_variable_of_a_cache_that_is_empty_is_as_if_it_was_not_set(monkeypatch
 
 def test_a_user_without_a_home_names_the_cache(tmp_path, monkeypatch):
     """As in a container, whose users have no entry and no HOME."""
-
-    def none() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr("pathlib.Path.home", none)
+    none = RuntimeError("Could not determine home directory.")
+    monkeypatch.setattr("pathlib.Path.home", raising(none))
     monkeypatch.setenv("CFSP_CACHE", str(tmp_path))
     assert gguf_import._converted_directory() == tmp_path / "gguf"
     for name in ("CFSP_CACHE", "XDG_CACHE_HOME"):

@@ -4,6 +4,7 @@ import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import cfsp
-from builders import edit_json, edit_tensors, plan_without, read_json
+from builders import edit_json, edit_tensors, plan_without, raising, read_json
 from cfsp.architecture.model_classes import build_model
 from cfsp.checkpoint.config_file import read_config, read_plain_fields
 from cfsp.checkpoint.locating import locate_model, open_checkpoint
@@ -263,16 +264,12 @@ def test_code_beside_a_model_whose_classes_transformers_has_is_left_out(copied, 
 
 def test_a_library_that_a_class_lacks_is_to_be_installed():
     """As Gemma 3n's, whose vision tower is of timm: its config has nothing to correct."""
-
-    class OfTimm:
-        @staticmethod
-        def _from_config(*_: object, **__: object) -> None:
-            raise ImportError("OfTimm requires the timm library")
-
+    error = ImportError("OfTimm requires the timm library")
+    of_timm: Any = SimpleNamespace(_from_config=raising(error))
     with pytest.raises(
         CheckpointError, match=r"requires the timm library\); install what it needs"
     ):
-        build_model(OfTimm, LlamaConfig(), torch.float32)
+        build_model(of_timm, LlamaConfig(), torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import cfsp
-from builders import entries, read_json, stop
+from builders import entries, raising, read_json, stop
 from cfsp.checkpoint.tensor_file import FileTensor
 from cfsp.cli import COMMANDS, build_parser, main
 from cfsp.cli.options import expand_sets, settings_from
@@ -389,10 +389,7 @@ def error_of_a_full_memory() -> Exception:
 def test_memory_that_is_full_is_told_in_one_sentence(
     error, told, command, model, text, tmp_path, monkeypatch
 ):
-    def fail(*_: Any) -> None:
-        raise error
-
-    monkeypatch.setattr("cfsp.pipeline.decide", fail)
+    monkeypatch.setattr("cfsp.pipeline.decide", raising(error))
     argv = ["prune", model, "--out", tmp_path / "out", "--sparsity", 0.4, *text]
     if told is None:
         with pytest.raises(RuntimeError, match="a bug"):

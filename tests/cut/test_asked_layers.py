@@ -8,7 +8,16 @@ import torch
 from transformers import ArceeConfig
 
 import cfsp
-from builders import goal_of_share, job_of, never, parts_of, plan_without, read_json, stopped_at
+from builders import (
+    goal_of_share,
+    job_of,
+    never,
+    parts_of,
+    plan_without,
+    raising,
+    read_json,
+    stopped_at,
+)
 from cfsp.architecture.proof import small_run_of
 from cfsp.checkpoint.pruned_config import config_changes
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel
@@ -254,10 +263,8 @@ def test_the_small_model_of_the_proof_need_not_have_a_valid_config():
 
 
 def test_blocks_stay_of_which_the_others_need_more_than_a_hidden_state(monkeypatch):
-    def refused(*_: Any) -> None:
-        raise UnsupportedModelError("argument x of block 2 is made from hidden states")
-
-    monkeypatch.setattr(block_proof, "find_call_form", refused)
+    refused = UnsupportedModelError("argument x of block 2 is made from hidden states")
+    monkeypatch.setattr(block_proof, "find_call_form", raising(refused))
     message = r"block 1 of Llama.* failed the check skipped: .* a hidden state, found that argument"
     with pytest.raises(UnsupportedModelError, match=message):
         prove_without_blocks(tiny_model("llama").config, (1,))

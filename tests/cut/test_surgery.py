@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, set_seed
 
 import cfsp
-from builders import edit_tensors, entries, never, plan_keeping, plan_without, read_json
+from builders import edit_tensors, entries, never, plan_keeping, plan_without, raising, read_json
 from cfsp.checkpoint import output
 from cfsp.checkpoint.loading import torch_as_it_starts
 from cfsp.checkpoint.output import write_atomically
@@ -117,11 +117,7 @@ def test_failure_in_the_middle_of_surgery_leaves_nothing(model, few, tmp_path, m
 def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "plan.json"
     write_atomically(path, b"first")
-
-    def fail(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(output.os, "fsync", fail)
+    monkeypatch.setattr(output.os, "fsync", raising(OSError(28, "No space left on device")))
     with pytest.raises(OutputError, match="No space left"):
         write_atomically(path, b"second")
     assert path.read_bytes() == b"first"

@@ -11,7 +11,7 @@ import torch
 from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 import cfsp
-from builders import entries, need_openvino
+from builders import entries, need_openvino, raising
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, OutputError, UsageError
 from cfsp.exports.registry import ExportReport, export
@@ -104,11 +104,8 @@ def test_half_precision(tmp_path, tokenizer, monkeypatch, noted):
     assert "CI" not in os.environ
     with pytest.raises(UsageError, match="unknown --type q8_0 for openvino; expected f32 or f16"):
         export(source.directory, "openvino", tmp_path / "no", weight_type="q8_0")
-
-    def full(*_: Any, **__: Any) -> None:
-        raise RuntimeError("basic_ios::clear: iostream error")
-
-    monkeypatch.setattr("openvino.save_model", full)
+    full = RuntimeError("basic_ios::clear: iostream error")
+    monkeypatch.setattr("openvino.save_model", raising(full))
     with pytest.raises(OutputError, match=r"cannot write .*no: basic_ios::clear.*make room there"):
         export(source.directory, "openvino", tmp_path / "no")
     assert "no" not in entries(tmp_path)
@@ -123,15 +120,13 @@ def test_what_it_cannot_express_or_trace_is_refused(tokenizer, tmp_path, monkeyp
     def with_sinks(*args: Any, **options: Any) -> Any:
         return attend(*args, **options, s_aux=torch.zeros(4))
 
-    def broken(*_: Any, **__: Any) -> Any:
-        raise RuntimeError("no such operator\nand a long trace")
-
     with monkeypatch.context() as patch:
         patch.setattr(_Step, "_attention", with_sinks)
         message = "no attention with sinks; use --to gguf or --to vllm$"
         with pytest.raises(ExportError, match=message):
             export(source.directory, "openvino", tmp_path / "ov")
-    monkeypatch.setattr("openvino.convert_model", broken)
+    broken = RuntimeError("no such operator\nand a long trace")
+    monkeypatch.setattr("openvino.convert_model", raising(broken))
     message = "cannot trace LlamaForCausalLM: RuntimeError: no such operator; use --to gguf or --to"
     with pytest.raises(ExportError, match=f"{message} vllm$"):
         export(source.directory, "openvino", tmp_path / "ov")

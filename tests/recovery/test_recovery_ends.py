@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 import cfsp
 import cfsp.recovery.loss
 import cfsp.recovery.recover
-from builders import changed, edit_tensors, never, random_tokens, read_json, stopped_at
+from builders import changed, edit_tensors, never, raising, random_tokens, read_json, stopped_at
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.errors import (
     CalibrationError,
@@ -277,10 +277,8 @@ def error_of_torch(elements: int, path: str = "/dev/full") -> Exception:
     ],
 )
 def test_what_stops_saving_is_told(recovered, tmp_path, monkeypatch, error, expected, said):
-    def fail(*_: Any) -> None:
-        raise error
-
-    monkeypatch.setattr("torch.distributed.checkpoint.FileSystemWriter.write_data", fail)
+    written = "torch.distributed.checkpoint.FileSystemWriter.write_data"
+    monkeypatch.setattr(written, raising(error))
     with pytest.raises(expected, match=said):
         recovered()
     # The same command goes on from what is whole.
@@ -298,10 +296,7 @@ def test_what_stops_saving_is_told(recovered, tmp_path, monkeypatch, error, expe
     ],
 )
 def test_a_full_disk_has_one_sentence_whoever_writes(error, is_of_the_disk, tmp_path, monkeypatch):
-    def fail(*_: Any) -> None:
-        raise error
-
-    monkeypatch.setattr("transformers.Trainer._save_checkpoint", fail)
+    monkeypatch.setattr("transformers.Trainer._save_checkpoint", raising(error))
     trainer = RecoveryTrainer.__new__(RecoveryTrainer)
     trainer.args = SimpleNamespace(output_dir=tmp_path)
     kind, said = type(error), re.escape(str(error).splitlines()[0].split()[-1])

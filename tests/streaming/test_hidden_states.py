@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from builders import entries
+from builders import entries, raising
 from cfsp.errors import OutputError
 from cfsp.streaming import memory
 from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates
@@ -85,9 +85,7 @@ def test_what_nobody_goes_on_from_has_no_name_that_a_kill_could_leave(tmp_path):
 
 
 def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path, monkeypatch):
-    def full(*_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
+    full = raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
     hidden = HiddenInFile(SHAPE, torch.bfloat16, tmp_path)
     with pytest.raises(OutputError, match=r"No space left.*--memory-budget .of prune"):

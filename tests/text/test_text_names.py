@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cfsp
-from builders import draw_windows, never
+from builders import draw_windows, never, raising
 from cfsp.checkpoint.locating import hub_is_reachable, locate_model
 from cfsp.errors import CheckpointError, TextError, UsageError
 from cfsp.pipeline import prune_checkpoint
@@ -228,11 +228,8 @@ def test_whoever_stays_offline_reads_the_cache(monkeypatch):
 
 def test_whoever_stays_offline_is_told_what_the_cache_lacks(monkeypatch):
     """And not to look at the network, which was not asked."""
-
-    def fail(*_: Any, **__: Any) -> Any:
-        raise ConnectionError("Couldn't reach the hub")
-
-    monkeypatch.setattr(of_data, "import_datasets", lambda: SimpleNamespace(load_dataset=fail))
+    datasets = SimpleNamespace(load_dataset=raising(ConnectionError("Couldn't reach the hub")))
+    monkeypatch.setattr(of_data, "import_datasets", lambda: datasets)
     message = refused("wikitext2")
     assert message.startswith("HF_HUB_OFFLINE is set, and the cache of datasets has no copy of Sal")
     monkeypatch.setattr(of_data, "is_offline", lambda: False)
