@@ -163,41 +163,35 @@ def test_every_kind_of_the_mixed_text_is_held_out(tokenizer):
         assert words_of(data, tokenizer) >= set(KINDS)
 
 
-def test_only_answers_are_labelled(chat_tokenizer):
-    token_R, label_R = answer_tokens(conversation(7), chat_tokenizer)
-    trained = chat_tokenizer.decode(token_R[label_R != IGNORED])
-    assert trained.replace("</s>", "|").split("|") == [" green stone 7", "\n light falls", "\n"]
-    assert "river" in chat_tokenizer.decode(token_R)
+# Qwen3's template shows the last answer with what was thought before it, earlier ones without.
+THOUGHTS_LAST = CHAT.replace(
+    "{{ m['content'] }}",
+    "{% if loop.last and m['role'] == 'assistant' %}(thought) {% endif %}{{ m['content'] }}",
+)
+# The prompts of DeepSeek-R1 and QwQ open thoughts, which are left out of every answer.
+THINKING = CHAT.replace("<s>assistant: {% endif", "<s>assistant: <think>{% endif")
+HELLO = {"role": "assistant", "content": "hello"}
 
 
-def test_what_opens_a_conversation_is_no_answer(chat_tokenizer):
-    opened = [{"role": "assistant", "content": "hello"}, *conversation(7)[1:3]]
-    token_R, label_R = answer_tokens(opened, chat_tokenizer)
-    assert "hello" in chat_tokenizer.decode(token_R)
-    trained = chat_tokenizer.decode(label_R[label_R != IGNORED])
-    assert trained.replace("</s>", "|") == " green stone 7|\n"
-
-
-def test_an_answer_that_the_template_shows_otherwise_later_is_not_trained_on(chat_tokenizer):
-    """Qwen3's shows the last one with what was thought before it, earlier ones without."""
-    shown = "{% if loop.last and m['role'] == 'assistant' %}(thought) {% endif %}{{ m['content'] }}"
-    chat_tokenizer.chat_template = CHAT.replace("{{ m['content'] }}", shown)
-    token_R, label_R = answer_tokens(conversation(7), chat_tokenizer)
-    assert "green stone 7" in chat_tokenizer.decode(token_R)
-    trained = chat_tokenizer.decode(label_R[label_R != IGNORED])
-    assert trained.replace("</s>", "|") == "(thought) light falls|\n"
-    _, label_R = answer_tokens(conversation(7)[:-1], chat_tokenizer)  # a question is the last
-    assert bool((label_R == IGNORED).all())
-
-
-def test_answers_are_found_where_the_prompt_opens_thoughts(chat_tokenizer):
-    """DeepSeek-R1's and QwQ's do; the template leaves thoughts out of every answer."""
-    prompt = "<s>assistant: "
-    chat_tokenizer.chat_template = CHAT.replace(prompt + "{% endif", prompt + "<think>{% endif")
-    token_R, label_R = answer_tokens(conversation(7), chat_tokenizer)
-    assert "think" not in chat_tokenizer.decode(token_R)
-    trained = chat_tokenizer.decode(label_R[label_R != IGNORED])
-    assert trained.replace("</s>", "|").split("|") == [" green stone 7", "\n light falls", "\n"]
+@pytest.mark.parametrize(
+    ("template", "turns", "read", "trained"),
+    [
+        (CHAT, conversation(7), "river", " green stone 7|\n light falls|\n"),
+        (CHAT, [HELLO, *conversation(7)[1:3]], "hello", " green stone 7|\n"),
+        (THOUGHTS_LAST, conversation(7), "green stone 7", "(thought) light falls|\n"),
+        (THOUGHTS_LAST, conversation(7)[:-1], "green stone 7", ""),
+        (THINKING, conversation(7), "river", " green stone 7|\n light falls|\n"),
+    ],
+    ids=["answers", "an opening is none", "as last shown", "a question is last", "thinking"],
+)
+def test_only_answers_are_labelled(template, turns, read, trained, chat_tokenizer):
+    chat_tokenizer.chat_template = template
+    token_R, label_R = answer_tokens(turns, chat_tokenizer)
+    text = chat_tokenizer.decode(token_R)
+    assert read in text and "think" not in text
+    labelled_R = label_R != IGNORED
+    assert torch.equal(token_R[labelled_R], label_R[labelled_R])
+    assert chat_tokenizer.decode(label_R[labelled_R]).replace("</s>", "|") == trained
 
 
 def test_a_chat_file_is_packed(chat_tokenizer, tmp_path):
