@@ -167,6 +167,14 @@ def test_the_largest_gemmas_scale_queries_by_the_hidden_size(graph, blocks, scal
     assert query_scalar(graph, config) == scalar
 
 
+# Of a file: a part of the head is rotated; the factor of attention is the config's own.
+ROTATED = {"rope.dimension_count": 96}
+OF_YARN = {
+    "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 64, "rope.scaling.yarn_attn_factor": 1.5,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("config_class", "graph", "said", "expected"),
     [
@@ -179,21 +187,19 @@ def test_the_largest_gemmas_scale_queries_by_the_hidden_size(graph, blocks, scal
             {"expert_feed_forward_length": 7, "expert_shared_feed_forward_length": 9},
             {"moe_intermediate_size": 7, "shared_expert_intermediate_size": 9},
         ),
+        # Some configs say the size of a head, others that of all heads together.
+        (StableLmConfig, "any", ROTATED, {"partial_rotary_factor": 0.75}),
+        (NemotronConfig, "any", ROTATED, {"partial_rotary_factor": 0.75}),
+        (Qwen3Config, "qwen3", OF_YARN, {"attention_factor": 1.5}),
     ],
 )
-def test_sizes_come_from_the_file(config_class, graph, said, expected):
+def test_sizes_and_positions_come_from_the_file(config_class, graph, said, expected):
     """transformers leaves these at the default of the class, which is one model's."""
-    config = config_class()
-    restore_sizes(config, reader_of(graph, said))
-    assert {name: getattr(config, name) for name in expected} == expected
-
-
-@pytest.mark.parametrize("config_class", [StableLmConfig, NemotronConfig])
-def test_a_part_of_the_head_may_be_rotated(config_class):
-    """Some configs say the size of a head, others that of all heads together."""
     config = config_class(hidden_size=512, num_attention_heads=4)
-    restore_positions(config, reader_of("any", {"rope.dimension_count": 96}))
-    assert config.rope_parameters["partial_rotary_factor"] == 0.75
+    restore_sizes(config, reader_of(graph, said))
+    restore_positions(config, reader_of(graph, said))
+    found = vars(config) | config.rope_parameters
+    assert {name: found[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(("blocks", "base"), [(26, False), (34, False), (34, True)])
@@ -225,16 +231,6 @@ def test_factors_for_long_and_for_short_texts_are_read(more):
         "long_factor": [1.0, 2.0, 4.0], "short_factor": [1.0, 1.5, 2.0],
         "attention_factor": 1.25, "original_max_position_embeddings": 4096,
     }  # fmt: skip
-
-
-def test_yarns_factor_of_attention_is_that_of_the_config():
-    said = {
-        "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
-        "rope.scaling.original_context_length": 64, "rope.scaling.yarn_attn_factor": 1.5,
-    }  # fmt: skip
-    config = Qwen3Config()
-    restore_positions(config, reader_of("qwen3", said))
-    assert config.rope_parameters["attention_factor"] == 1.5
 
 
 def test_positions_that_no_config_says_are_refused(make_gguf, monkeypatch):
