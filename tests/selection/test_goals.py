@@ -47,9 +47,24 @@ from tiny_models import BLOCKS, WIDTH, build_tiny_model
         ("--max-loss-increase 1 --statistics s", "--statistics exclude each other"),
         ("--plan p.json --target-params 0.5", "--plan and --target-params exclude"),
         ("--sparsity 0.5 --effort fast --repair ridge", "--effort fast is --repair none"),
+        (
+            "--target-kv-cache 0.2",
+            "--target-kv-cache must be at least 0.5, found 0.2; whole attention layers go",
+        ),
+        # No layer may go.
+        ("--target-kv-cache 0.2 --keep *.self_attn", "must be at least 1, found 0.2\n"),
+        (
+            "--target-kv-cache 0.5 --parts blocks",
+            "removes KV groups (the default), whole attention",
+        ),
+        (
+            "--parts kv --keep model.layers.*.self_attn --max-loss-increase 0.5",
+            "nothing can be removed: with at least one KV group in every attention and all that -",
+        ),
     ],
 )
-def test_impossible_goals_are_one_sentence(prune, asked, message):
+def test_impossible_goals_are_one_sentence_before_any_pass(prune, asked, message, monkeypatch):
+    monkeypatch.setattr("cfsp.decide.calibrate", never)
     error = prune(*asked.split(), status=2).error
     assert message in error
     assert len(error.strip().splitlines()) == 1
@@ -162,14 +177,7 @@ def test_no_more_of_the_cache_stays_than_was_asked(prune, save, name, changes, m
     assert after <= fraction * before < after + 3
 
 
-def test_a_kv_cache_that_cannot_be_is_refused(prune, sliding):
-    said = prune("--target-kv-cache", 0.2, status=2).error
-    assert "--target-kv-cache must be at least 0.5, found 0.2; whole attention layers go" in said
-    said = prune("--target-kv-cache", 0.2, "--keep", "*.self_attn", status=2).error
-    assert said.endswith("must be at least 1, found 0.2\n")  # no layer may go
-    said = prune("--target-kv-cache", 0.5, "--parts", "blocks", status=2).error
-    assert "removes KV groups (the default), whole attention layers" in said
-    # Attention layers that cache unequally are not counted.
+def test_attention_layers_that_cache_unequally_are_not_counted(prune, sliding):
     said = prune("--target-kv-cache", 0.7, "--parts", "attention", of=sliding, status=2).error
     assert "give --parts kv,attention, found --parts attention" in said
 
@@ -281,13 +289,6 @@ def test_a_bound_that_nothing_keeps(prune, monkeypatch):
     error = prune("--max-loss-increase", 0.1, status=2).error
     assert "cannot stay within 0.1 nats" in error
     assert "already 0.5% of the FFN channels cost 4" in error
-
-
-def test_what_all_stays_is_said_before_any_pass(prune, monkeypatch):
-    monkeypatch.setattr("cfsp.decide.calibrate", never)
-    asked = ("--parts", "kv", "--keep", "model.layers.*.self_attn", "--max-loss-increase", 0.5)
-    said = "nothing can be removed: with at least one KV group in every attention and all that --ke"
-    assert said in prune(*asked, status=2).error
 
 
 def test_statistics_of_other_parts_serve_by_what_they_know(model, few):
