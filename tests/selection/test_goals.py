@@ -59,7 +59,8 @@ from tiny_models import BLOCKS, WIDTH, build_tiny_model
         ),
         (
             "--parts kv --keep model.layers.*.self_attn --max-loss-increase 0.5",
-            "nothing can be removed: with at least one KV group in every attention and all that -",
+            "nothing can be removed: with at least one KV group in every attention "
+            "and all that --ke",
         ),
     ],
 )
