@@ -237,6 +237,11 @@ def test_one_window_is_too_little_which_is_said_before_any_pass(model, few, tmp_
 # Training after it.
 
 
+@pytest.fixture(autouse=True)
+def two_evaluations(monkeypatch) -> None:
+    monkeypatch.setattr("cfsp.recovery.schedule._MOST_EVALUATIONS", 2)
+
+
 @pytest.fixture
 def arguments(model, text_file, tmp_path) -> list[str]:
     """Prune a model by a short text of the test's own."""
