@@ -133,13 +133,21 @@ def test_what_it_cannot_express_or_trace_is_refused(tokenizer, tmp_path, monkeyp
     assert not (tmp_path / "ov").exists()
 
 
-def test_positions_that_follow_the_length_of_a_text_are_refused(tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    ("rope", "groups", "message"),
+    [
+        ({"rope_type": "dynamic", "factor": 4.0}, None, r"by the length of the text \(dynamic\)"),
+        ({}, (2, 1, 2), "differ in KV groups; use --to gguf$"),
+    ],
+    ids=["positions", "KV groups"],
+)
+def test_what_it_cannot_express_is_refused(tokenizer, tmp_path, rope, groups, message):
     model = build_tiny_model("llama")
-    rope = {"rope_type": "dynamic", "factor": 4.0}
     model.config.rope_parameters = {**model.config.rope_parameters, **rope}
-    source = cut(model, tokenizer, tmp_path)
-    with pytest.raises(ExportError, match=r"by the length of the text \(dynamic\)"):
+    source = cut(model, tokenizer, tmp_path, groups=groups)
+    with pytest.raises(ExportError, match=message):
         export(source.directory, "openvino", tmp_path / "ov")
+    assert not (tmp_path / "ov").exists()
 
 
 def test_attention_within_chunks_is_refused(tokenizer, tmp_path):

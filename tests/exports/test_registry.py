@@ -95,11 +95,3 @@ def test_what_a_format_cannot_say_is_refused_by_name(name, to, message, pruned_t
     with pytest.raises(ExportError, match=message):
         export(pruned_type(name), to, out)
     assert not list(tmp_path.iterdir())
-
-
-def test_heads_of_their_own_are_for_gguf(tmp_path, tokenizer):
-    need_openvino()
-    source = cut(build_tiny_model("llama"), tokenizer, tmp_path, groups=(2, 1, 2))
-    with pytest.raises(ExportError, match=r"differ in KV groups; use --to gguf$"):
-        export(source.directory, "openvino", tmp_path / "ov")
-    assert not (tmp_path / "ov").exists()
