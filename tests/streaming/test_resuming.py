@@ -90,19 +90,12 @@ def test_pruning_killed_at_a_block_resumes_there(runs, where, block, pass_name, 
     assert entries(runs.directory) == {"out"}
 
 
-def test_pruning_goes_on_in_another_directory(runs, model, whole, monkeypatch):
-    """Its weights count there, and not what the model is called from there."""
-    runs.kill(runs.prune, "within", BLOCKS + 2)
-    monkeypatch.chdir(model.parent)
-    argv = [model.name if word == str(model) else word for word in runs.prune]
-    assert "ridge: going on at block 1" in runs.end(argv)
-    assert (runs.directory / "out/model.safetensors").read_bytes() == whole["model.safetensors"]
-
-
 # What is refused.
 
 
-def test_another_command_is_refused_and_a_mistake_costs_no_work(runs):
+def test_another_command_is_refused_and_the_same_goes_on_in_another_directory(
+    runs, model, whole, monkeypatch
+):
     """What was given now may be wrong where the run that was killed was right."""
     runs.kill(runs.prune, "within", BLOCKS + 2)
     work_dir = runs.directory / "out.work"
@@ -123,7 +116,11 @@ def test_another_command_is_refused_and_a_mistake_costs_no_work(runs):
     ):
         refused = runs.refused([*runs.prune, *change])
         assert said in refused and "; the command that began it goes on from it" in refused
-    assert "ridge: going on at block 1" in runs.end(runs.prune)
+    # The model's weights count there, and not what it is called from there.
+    monkeypatch.chdir(model.parent)
+    argv = [model.name if word == str(model) else word for word in runs.prune]
+    assert "ridge: going on at block 1" in runs.end(argv)
+    assert (runs.directory / "out/model.safetensors").read_bytes() == whole["model.safetensors"]
 
 
 @pytest.mark.parametrize(
