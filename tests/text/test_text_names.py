@@ -160,12 +160,6 @@ def test_no_text_is_no_text():
             Text("mine", wrong)  # type: ignore[arg-type]
 
 
-def test_none_is_no_text_wherever_one_is_asked_for():
-    assert texts_of(None) == ()
-    with pytest.raises(UsageError, match="there is no text to measure on"):
-        cfsp.evaluate(["no-model"], None)  # type: ignore[arg-type]
-
-
 def test_two_texts_with_one_name_are_told_apart_by_nothing(tmp_path):
     one, other = Text("mine", "a river"), Text("mine", "a stone")
     assert texts_of([one, Text("mine", "a river"), "c4", "c4"]) == (one, one, "c4", "c4")
@@ -195,13 +189,16 @@ def test_all_windows_are_called_as_by_the_command(model, text_file):
         cfsp.evaluate("no-model", str(text_file), windows="many")
 
 
-def test_an_empty_list_of_texts_is_an_error(tmp_path):
+def test_none_and_an_empty_list_are_no_text_wherever_one_is_asked_for(tmp_path):
+    assert texts_of(None) == ()
     with pytest.raises(UsageError, match="no text to calibrate on; give one or several: wikitext2"):
         cfsp.prune("no-model", out=tmp_path / "out", sparsity=0.2, data=[])
     with pytest.raises(UsageError, match="no text to calibrate on"):
         cfsp.calibrate("no-model", data=[])
-    with pytest.raises(UsageError, match="no text to measure on"):
-        cfsp.evaluate(["no-model"], [])
+    none: Any
+    for none in (None, []):
+        with pytest.raises(UsageError, match="there is no text to measure on"):
+            cfsp.evaluate(["no-model"], none)
 
 
 # The hub.
