@@ -89,7 +89,7 @@ def test_what_the_model_does_not_have_travels(pruned_type, text_file, tmp_path):
     }
     edit_tensors(source / "model.safetensors", lambda found: found.update(extra))
     assert set(Checkpoint(source).stored.unused) == set(extra)
-    recover(source, tmp_path / "out", text_file, training=training(2))
+    recover(source, tmp_path / "out", text_file, training=training(2, evaluations=1))
     assert changed(source, tmp_path / "out")
     found = tensors(tmp_path / "out")
     assert all(torch.equal(found[name], tensor) for name, tensor in extra.items())
