@@ -19,6 +19,7 @@ from cfsp.selection import divergence, drop_order
 from cfsp.selection.constraint import DropBudget, half_dropped
 from cfsp.selection.divergence import (
     POSITION_STRIDE,
+    DensePredictions,
     MaskedModel,
     block_sensitivities,
     dense_predictions,
@@ -96,15 +97,13 @@ def test_each_block_is_masked_alone(name, noted, monkeypatch):
     found_L = block_sensitivities(source, model, tokens_NT, kept_U)["ffn"]
     count = len(blocks_of(model, source.architecture))
     with_units = sorted({unit.block for unit in source.units})
-    for block in range(count):
-        kept = {i: kept_U[i] for i, unit in enumerate(source.units) if unit.block == block}
-        expected = 0.0
-        with torch.inference_mode():
-            for tokens_T in tokens_NT:
-                dense = dense_predictions(model, tokens_T[None])
-                with masked_channels(source, model, kept):
-                    expected += dense.divergence(model) / len(tokens_NT)
-        assert found_L[block] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    with torch.inference_mode():
+        dense_N = [dense_predictions(model, tokens_T[None]) for tokens_T in tokens_NT]
+        for block in range(count):
+            kept = {i: kept_U[i] for i, unit in enumerate(source.units) if unit.block == block}
+            with masked_channels(source, model, kept):
+                expected = sum(dense.divergence(model) for dense in dense_N) / len(dense_N)
+            assert found_L[block] == pytest.approx(expected, rel=1e-3, abs=1e-6)
     # From the first block on is the whole model; at the last it is tried whether that can be.
     resumed = [block for block in with_units if block and name != "gemma3n_text"]
     assert starts == 2 * [count - 1, *resumed]
@@ -127,13 +126,12 @@ def test_what_stayed_is_stored_by_part(text_file, tokenizer):
 DEPTH = 5
 
 
-def without(source: LoadedModel, removed: Dropped) -> float:
+def without(source: LoadedModel, dense: DensePredictions, removed: Dropped) -> float:
     """Return the divergence without blocks and attention layers, without resuming anywhere."""
     model = source.model
     blocks = blocks_of(model, source.architecture)
     units = {unit.block: unit for unit in source.units if unit.part == "kv"}
     with torch.inference_mode(), ExitStack() as stack:
-        dense = dense_predictions(model, TOKENS)
         for block in removed.attentions:
             stack.enter_context(masked_unit(blocks[block], units[block], ()))
         stack.enter_context(skipped(blocks, removed.blocks, PLAIN))
@@ -184,10 +182,10 @@ def test_blocks_and_attentions_are_compared_for_each_parameter(both):
     before = {name: tensor.clone() for name, tensor in both.model.state_dict().items()}
     order = order_of_removal(both, both.model, TOKENS, wanted)
     assert all(torch.equal(both.model.state_dict()[name], before[name]) for name in before)
-    gone = NOTHING
+    gone, dense = NOTHING, dense_predictions(both.model, TOKENS)
     # The first is the cheapest of all that has room; later ones are not all tried again.
     price_of = {
-        droppable: without(both, gone.plus(droppable))
+        droppable: without(both, dense, gone.plus(droppable))
         / wanted.sizes.parameters_with(gone, droppable)
         for droppable in wanted.sizes.droppable(gone)
         if wanted.has_room_for(gone, droppable)
@@ -195,7 +193,7 @@ def test_blocks_and_attentions_are_compared_for_each_parameter(both):
     assert (order[0].part, order[0].block) == min(price_of, key=price_of.__getitem__)
     for found in order:
         gone = gone.plus((found.part, found.block))
-        assert found.divergence == pytest.approx(without(both, gone), rel=1e-3)
+        assert found.divergence == pytest.approx(without(both, dense, gone), rel=1e-3)
     assert {each.part for each in order} == {"attention", "blocks"}
     missing = wanted.parameters - wanted.sizes.parameters(gone)
     assert abs(missing) <= max(wanted.sizes.of_one.values()) / 2
