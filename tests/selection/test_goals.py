@@ -55,7 +55,7 @@ from tiny_models import BLOCKS, WIDTH, build_tiny_model
         ("--target-kv-cache 0.2 --keep *.self_attn", "must be at least 1, found 0.2\n"),
         (
             "--target-kv-cache 0.5 --parts blocks",
-            "removes KV groups (the default), whole attention",
+            "removes KV groups (the default), whole attention layers",
         ),
         (
             "--parts kv --keep model.layers.*.self_attn --max-loss-increase 0.5",
