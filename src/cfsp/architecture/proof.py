@@ -62,10 +62,7 @@ def prove(config: PreTrainedConfig, parts: tuple[Part, ...] = DEFAULT_PARTS) -> 
     for part in UNIT_PARTS:
         if part in (*unit_parts(parts), "ffn"):
             goes_whole = part == "kv" and "attention" in parts
-            found = _prove_part(config, "attention" if goes_whole else part)
-            if part in parts and all(unit.is_whole for unit in found.units):
-                found = _prove_part(config, part)  # which says why none can lose groups
-            proved.append(found)
+            proved.append(_prove_part(config, "attention" if goes_whole else part))
     # Attention comes before the FFN, or beside it.
     units = [unit for found in reversed(proved) for unit in found.units]
     architecture = replace(
