@@ -180,7 +180,7 @@ def test_a_killed_run_goes_on(argv, models, other_text_file, results, tmp_path, 
     def run(*more: str, passes: int = 0, batches: int = 0) -> int:
         seen.clear()
         noted(evaluate, "streamed_sums", lambda *given, **_: given[-1], passes, seen)
-        noted(answers._Answering, "answers", lambda _, prompts: len(prompts), batches, seen)
+        noted(answers, "_greedy", lambda *given: len(given[-1]), batches, seen)
         return main([*argv, "--out", str(out), *more])
 
     assert run(passes=4) == 130 and not out.exists()

@@ -117,10 +117,15 @@ def answers_of(
 
     What a killed run has answered is not asked again.
     """
-    answering = cache(lambda: _Answering(*whole(), prompts))
+
+    @cache
+    def answering() -> tuple[Generator, int]:
+        """Return the model in memory, and how many prompts it reads at once."""
+        model = Generator(*whole())
+        return model, _BATCH if model.reads_padded(prompts) else 1
 
     def ask(some: Sequence[list[int]]) -> dict[str, Any]:
-        return {"answers": answering().answers(some)}
+        return {"answers": _greedy(*answering(), some)}
 
     found: list[dict[str, Any]] = []
     with item_progress(label, len(prompts), "answer") as bar:
@@ -132,34 +137,21 @@ def answers_of(
     return found
 
 
-class _Answering:
-    """A model in memory, which answers greedily."""
-
-    def __init__(
-        self,
-        whole: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[list[int]],
-    ) -> None:
-        self._model = Generator(whole, tokenizer)
-        self._batch = _BATCH if self._model.reads_padded(prompts) else 1
-
-    def answers(self, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
-        """Return the answers to some questions, each up to and with the end of its turn."""
-        found = []
-        for start in range(0, len(prompts), self._batch):
-            some = prompts[start : start + self._batch]
-            for tokens in self._model.continue_from(some, ANSWER_TOKENS):
-                stops = tokens[-1] in self._model.ends
-                found.append(
-                    {
-                        "tokens": tokens,
-                        "answer": self._model.text_of(tokens),
-                        "stops": stops,
-                        "loops": is_loop(tokens[:-1] if stops else tokens),
-                    }
-                )
-        return found
+def _greedy(model: Generator, at_once: int, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
+    """Return the answers to some questions, each up to and with the end of its turn."""
+    found = []
+    for start in range(0, len(prompts), at_once):
+        for tokens in model.continue_from(prompts[start : start + at_once], ANSWER_TOKENS):
+            stops = tokens[-1] in model.ends
+            found.append(
+                {
+                    "tokens": tokens,
+                    "answer": model.text_of(tokens),
+                    "stops": stops,
+                    "loops": is_loop(tokens[:-1] if stops else tokens),
+                }
+            )
+    return found
 
 
 def is_loop(tokens: Sequence[int]) -> bool:
