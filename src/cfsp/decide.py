@@ -205,8 +205,7 @@ def _repaired_by(job: Job, result: PruningResult) -> PruningResult:
     """Repair what a plan leaves, if there is anything left to repair."""
     if not steps_left(job.settings.repair, result):
         return result
-    windows = job.draw()
-    check_windows(len(windows.tokens_NT))
+    windows = _drawn(job)
     result = replace(result, repaired_on=calibration_record(job, windows))
     return repair(job, result, windows)
 
