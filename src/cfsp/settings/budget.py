@@ -156,11 +156,6 @@ _MET_BY: dict[type[Goal], tuple[tuple[Part, ...], str]] = {
 }
 
 
-def can_be_met(goal: type[Goal], parts: Sequence[Part]) -> bool:
-    """Return whether these parts may go for a goal."""
-    return {*parts} <= {*_MET_BY[goal][0]}
-
-
 def unit_parts(parts: Sequence[Part]) -> tuple[Part, ...]:
     """Return of which parts a model's units are needed: an attention is a unit of KV groups."""
     needed = {"kv" if part == "attention" else part for part in parts}
@@ -281,26 +276,26 @@ class Budget(Declared):
 
         Where nobody said which parts, those of the goal are taken.
         """
+        targets = [flag_of_goal(each) for each in GOALS if {*self.parts} <= {*_MET_BY[each][0]}]
         if goal is None:
             if len(self.parts) > 1:
-                targets = [flag_of_goal(each) for each in GOALS if can_be_met(each, self.parts)]
                 raise UsageError(
                     "--sparsity is the share of one part that goes, found --parts "
                     f"{','.join(self.parts)}: several share one target, {' or '.join(targets)}; "
                     "--target-params 0.8 keeps 80% of all parameters"
                 )
             return self
+        flag = flag_of_goal(type(goal))
         if self.remove is not None:
-            raise UsageError(f"{flag_of_goal(type(goal))} says how many go; leave out --remove")
+            raise UsageError(f"{flag} says how many go; leave out --remove")
         if isinstance(goal, TargetKVCache) and leaves_parts_open:
             return replace(self, parts=("kv",))
-        if not can_be_met(type(goal), self.parts):
+        if flag not in targets:
             parts, why = _MET_BY[type(goal)]
-            others = [flag_of_goal(each) for each in GOALS if can_be_met(each, self.parts)]
-            others += ["--sparsity"] if len(self.parts) == 1 else []
+            targets += ["--sparsity"] if len(self.parts) == 1 else []
             raise UsageError(
-                f"{flag_of_goal(type(goal))} {why}; found --parts {','.join(self.parts)}: name of "
-                f"{', '.join(parts)} alone, or give {' or '.join(others)}"
+                f"{flag} {why}; found --parts {','.join(self.parts)}: name of "
+                f"{', '.join(parts)} alone, or give {' or '.join(targets)}"
             )
         return self
 
