@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import sha256
@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from cfsp.calibration.calibrate import check_tokens
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.errors import TextError, UsageError
 from cfsp.progress import item_progress
-from cfsp.quality.generation import Generator, prompt_of
+from cfsp.quality.generation import Generator, Whole, prompt_of
 from cfsp.quality.paired import as_json, per_count
 from cfsp.quality.perplexity import WindowSums
 from cfsp.quality.results_file import answer_measures
@@ -40,9 +40,6 @@ _FILE = Path(__file__).with_name("questions.jsonl")
 _BATCH = 32
 ANSWER_TOKENS = 96  # at most
 _LOOP_TOKENS, _LOOP_TIMES = 4, 4  # a loop is a sequence of so many tokens that comes so many times
-
-# A model with its tokenizer, which are loaded where they are needed.
-Whole = Callable[[], tuple["PreTrainedModel", "PreTrainedTokenizerBase"]]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Shapes: B prompts, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -17,6 +17,9 @@ from cfsp.quality.perplexity import divergence_and_agreement
 from cfsp.streaming.decoder_end import text_model
 from cfsp.text.records import templated
 from cfsp.text.tokenizers import encoded
+
+# A model with its tokenizer, which are loaded where they are needed.
+Whole = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 
 # KL in nats between a prompt alone and padded, by rounding: 2e-7 in float32, 0.01 in bfloat16.
 _MOST_OF_PADDING, _MOST_IN_HALF = 1e-3, 0.1

@@ -41,6 +41,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.errors import CfspError, MissingExtraError, TaskError, first_line
 from cfsp.progress import bars_as_lines
+from cfsp.quality.generation import Whole
 from cfsp.quality.paired import mean
 from cfsp.quality.tasks.selection import (
     DEFAULT_FORM,
@@ -91,12 +92,7 @@ class TaskRunner:
         selection.check_source()
         return cls(selection, manager)
 
-    def scores_of(
-        self,
-        whole: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
-        name: str,
-        work_dir: WorkDir,
-    ) -> dict[str, Any]:
+    def scores_of(self, whole: Whole, name: str, work_dir: WorkDir) -> dict[str, Any]:
         """Return the `tasks` and `documents` of a model, which is loaded if any are missing."""
         scorer = cache(lambda: self.scorer(*whole()))
 
