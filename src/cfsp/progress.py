@@ -6,8 +6,7 @@ import io
 import logging
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from time import monotonic
 from typing import Any
 
@@ -80,30 +79,15 @@ def item_progress(label: str, total: int, unit: str, **options: Any) -> tqdm:  #
     return tqdm(desc=label, total=total, unit=unit, **options)
 
 
-@contextmanager
-def bars_as_lines() -> Iterator[None]:
+def bars_as_lines() -> AbstractContextManager[object]:
     """Let a library show its own bars, where there is no terminal as lines now and then."""
-    with nullcontext() if sys.stderr.isatty() else redirect_stderr(_BarsAsLines()):
-        yield
+    return nullcontext() if sys.stderr.isatty() else redirect_stderr(_BarsAsLines())
 
 
-@contextmanager
-def library_progress() -> Iterator[None]:
+def library_progress() -> AbstractContextManager[object]:
     """Let transformers show its own bars on a terminal only.
 
-    Some of its bars obey its switch and some do not; the latter are swallowed. Errors are
-    raised as exceptions and pass.
+    Its switch for them is obeyed by some, so all are swallowed. Errors are raised as exceptions and
+    pass.
     """
-    if sys.stderr.isatty():
-        yield
-        return
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
+    return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
