@@ -191,7 +191,9 @@ def test_a_killed_run_goes_on(argv, models, other_text_file, results, tmp_path, 
     # the other with.
     assert run(batches=4) == 130
     assert seen == [*(f"{models[i]} on {other_text_file}" for i in (1, 0)), 8, 1]
+    bars = noted(answers, "item_progress", lambda *_, initial, **__: initial)
     assert run() == 0
+    assert bars == [8, 0]  # the time left is not by what was only read
     assert seen == [1, 8, 1, *(f"{models[i]} on answers" for i in (1, 0))]
     assert entries(out.parent) == {"out.json"}
     assert read_json(out) == read_json(results)

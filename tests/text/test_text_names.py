@@ -63,7 +63,7 @@ def test_texts_are_opened_but_not_read_to_the_end(tmp_path):
     assert "line 1: no column 'text'" in (said := refused(str(tmp_path / "bad.jsonl")))
     assert "name one as FILE:COLUMN" in said
     chat = tmp_path / "chat.jsonl"
-    for messages in ('"hello"', '[{"role": "user"}]'):
+    for messages in ('"hello"', '[{"role": "user"}]', "null"):
         chat.write_text(f'{{"messages": {messages}}}')
         assert "line 1: column 'messages' must be a list of messages" in refused(str(chat))
 

@@ -173,7 +173,8 @@ def likely_column(path: Path) -> str:
             columns = set(pq.read_schema(path).names)
         elif path.suffix.lower() == ".jsonl":
             record, _ = next(_json_lines(path), ({}, ""))
-            columns = {name for name, value in record.items() if value is not None}
+            has = {name for name, value in record.items() if value is not None}
+            columns = has | ({CHAT_COLUMN} & record.keys())
     return CHAT_COLUMN if CHAT_COLUMN in columns and "text" not in columns else "text"
 
 
