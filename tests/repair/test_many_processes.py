@@ -149,6 +149,7 @@ def test_after_deaths_the_same_command_goes_on(
     [
         (["--seed", "1"], "calibration text"),
         (["--dtype", "bfloat16"], "--dtype"),
+        (["--batch-windows", "1"], "--batch-windows"),
         (["--eval", "mixed/books"], "evaluation text"),
     ],
 )

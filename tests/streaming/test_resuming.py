@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -286,6 +287,8 @@ def test_leftovers_that_nothing_resumes_from_and_work_beside_a_finished_output_g
     directory = runs.directory / "stats.work" / "process-0-of-1" / "calibrate"
     directory.mkdir(parents=True)
     (directory / "hidden-0.bin").write_bytes(b"half")
+    of_two = runs.directory / "stats.work" / "process-1-of-2" / "calibrate"
+    shutil.copytree(directory, of_two)
     for argv, name in ((runs.calibrate, "stats"), (runs.prune, "out")):
         runs.end(argv)
         state = runs.directory / f"{name}.work" / "process-0-of-1" / "calibrate" / "state.json"

@@ -236,6 +236,20 @@ def test_passes_are_kept_beside_what_is_still_to_be_made(
     assert entries(out) == entries(whole)
 
 
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_killed_sweep_goes_on_with_a_longer_list(sweep, tmp_path, command, noted, at):
+    arguments, _ = sweep
+    out = tmp_path / "out"
+    again = [*arguments[:-1], out]
+    noted(run, "compare", lambda *_: None, dies_at=1)
+    command(*again, status=130)
+    assert [path for path in entries(out) if path.endswith(".work")]
+    again.insert(again.index("--sparsity") + 1 + at, 0.75)
+    command(*again)
+    assert not [path for path in entries(out) if path.endswith(".work")]
+    assert {"cfsp-0.25", "cfsp-0.5", "cfsp-0.75"} < entries(out)
+
+
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
 def test_front_holds_exactly_what_nothing_beats(points):

@@ -132,4 +132,7 @@ def check_same_work(
         models = ", ".join(source.fingerprint for source in sources)
         alike = [runtime_identity(runtime) for runtime in runtimes]
         computing = {f"--{x}": ", ".join(each[x] for each in alike) for x in ("device", "dtype")}
+        # By which each takes its share of the windows.
+        batches = ", ".join(str(runtime.batch_windows) for runtime in runtimes)
+        computing["--batch-windows"] = batches
         team.check_same({"model": models, **more, **software, **computing})

@@ -221,6 +221,9 @@ def output_work_dir(
         for state in before:
             read_state(state, identity)
         _remove_unfinished(directory)
+        if team.is_first:  # what another number of processes left cannot be gone on from
+            of_this = f"-of-{team.size}"
+            _remove_in(work_dir, lambda it: it.startswith("process-") and not it.endswith(of_this))
         try:
             yield WorkDir(directory, hidden_budget(memory_budget), identity, team=team)
         except ResumeError:
@@ -333,12 +336,21 @@ def _to_keep(directory: Path, error: BaseException, *, goes_on: bool) -> bool:
 
 def remove_finished_work(out: Path) -> None:
     """Remove the work directory of an output that is there: its run may have been killed."""
+    if out.is_file() or (out / MANIFEST_FILE).is_file():
+        remove_work(out)
+
+
+def remove_work(out: Path) -> None:
+    """Remove the work directory of an output, but for what another run uses."""
     work_dir = out.parent / f"{out.name}.work"
-    if not work_dir.is_dir() or not (out.is_file() or (out / MANIFEST_FILE).is_file()):
-        return
+    if work_dir.is_dir():
+        _remove_in(work_dir, lambda name: True)
+
+
+def _remove_in(work_dir: Path, goes: Callable[[str], bool]) -> None:
     # A directory has its lock beside it.
     names = {path.name.removeprefix(".").removesuffix(".lock") for path in work_dir.iterdir()}
-    for directory in sorted(work_dir / name for name in names):
+    for directory in sorted(work_dir / name for name in names if goes(name)):
         with contextlib.suppress(OSError, OutputError), _working(directory):
             _remove(directory)
 

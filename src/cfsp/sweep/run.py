@@ -46,7 +46,12 @@ from cfsp.selection.constraint import Share
 from cfsp.settings import Compute, Part
 from cfsp.streaming.memory import hidden_budget
 from cfsp.streaming.runtime import runtime_identity, runtime_of
-from cfsp.streaming.work_dir import output_work_dir, remove_finished_work, temporary_work_dir
+from cfsp.streaming.work_dir import (
+    output_work_dir,
+    remove_finished_work,
+    remove_work,
+    temporary_work_dir,
+)
 from cfsp.sweep.rows import Row
 from cfsp.sweep.settings import Point, SweepSettings
 from cfsp.text.drawing import draw_text
@@ -150,6 +155,9 @@ def _claim(out: Path, settings: SweepSettings) -> None:
                 f"{out} holds a sweep by other settings ({path}); choose another --out, or repeat "
                 "that command to go on with it"
             )
+        if before != now:  # one pass chooses for all models of a list: what is left of it is over
+            for work in out.glob("*.work"):
+                remove_work(out / work.stem)
     elif any(out.iterdir()):
         raise OutputError(f"{out} exists, is not empty and is no sweep; choose another --out")
     write_atomically(path, text.encode())
