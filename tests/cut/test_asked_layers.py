@@ -233,6 +233,17 @@ def test_one_of_a_kind_must_stay_beside_blocks():
     check_can_go(source, Dropped((0, 5), (1,)))
 
 
+def test_one_of_a_kind_must_stay_beside_those_that_went_before(save, few, tmp_path):
+    """Without it no cache would know how long the text is: two turns went wrong."""
+    source, out = save(tiny_model("gemma3_text")), tmp_path / "out"
+    cfsp.prune(source, out=out, parts="attention", remove=1, keep="1,2", repair="none", **few)
+    pruned = Checkpoint(out, parts=("blocks",))
+    message = r"block 1 of .* beside the attention layers that are gone: at least one of the kind s"
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_can_go(pruned, Dropped((1,)))
+    check_can_go(pruned, Dropped((0,)))
+
+
 @pytest.mark.parametrize("name", ["bloom", "mpt", "gemma3n_text"])
 def test_what_stock_would_load_with_random_attentions_is_refused_before_any_text(name):
     source = LoadedModel(tiny_model(name), ATTENTION)

@@ -219,7 +219,9 @@ def check_can_go(source: WeightSource, dropped: Dropped) -> None:
     if dropped.blocks:
         names_without_blocks(source, dropped.blocks)  # it can be written
         prove_without_blocks(stock, dropped.blocks)
-    if dropped.attentions:
+    # Of the attention layers that went before one of each kind must still stay.
+    gone = {unit.block for unit in source.architecture.gone} - {*dropped.blocks}
+    if dropped.attentions or (dropped.blocks and gone):
         prove_without_attentions(stock, source.architecture, dropped.attentions, dropped.blocks)
 
 

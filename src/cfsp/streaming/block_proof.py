@@ -84,11 +84,15 @@ def prove_without_attentions(
     removed: Collection[int],
     removed_blocks: Collection[int] = (),
 ) -> None:
-    """Check that the model computes the same without attention layers as with nothing from them."""
-    name = architecture.class_name
-    what = f"the attention layers of {blocks_in_words(sorted(removed))} of {name} can't be removed"
+    """Check that the model computes the same without attention layers as with nothing from them.
+
+    Those that are gone already are among them.
+    """
+    blocks = [blocks_in_words(sorted(each)) for each in (removed, removed_blocks) if each]
+    of_some = "the attention layers of " if removed else ""
+    what = f"{of_some}{blocks[0]} of {architecture.class_name} can't be removed"
     if removed_blocks:
-        what += f" beside {blocks_in_words(sorted(removed_blocks))}"
+        what += f" beside {blocks[1] if removed else 'the attention layers that are gone'}"
         stock, architecture, _ = stock_without_blocks(stock, architecture, removed_blocks)
         removed = [index_without(removed_blocks, block) for block in removed]
     run = small_run_of(stock)
