@@ -122,7 +122,12 @@ class TaskRunner:
                 # It does not look for it in the text config of a multimodal one.
                 max_length=longest_input_of(model.config),
             )
-        return partial(self.score, lm, model.dtype)
+
+        def score(name: str) -> dict[str, Any]:
+            with _saying_what_is_too_long(name, lm.max_length):
+                return self.score(lm, model.dtype, name)
+
+        return score
 
     def read_data(self) -> None:
         """Read the data of every task once, and check them, before any model is loaded."""
@@ -200,7 +205,7 @@ class TaskRunner:
 
         # The harness would fork for its bootstrap: a fork of many threads can hang for ever.
         os.environ["DISABLE_MULTIPROC"] = "1"
-        with _quiet(), _saying_what_is_too_long(name, lm.max_length):
+        with _quiet():
             loaded = self.load(name)
             leaves = loaded["tasks"]
             for task in leaves.values():
