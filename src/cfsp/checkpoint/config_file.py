@@ -206,7 +206,8 @@ def _check_generation_config(path: Path) -> None:
     """Check what travels along: with another kind of JSON transformers loads no model."""
     if path.is_file():
         with refusing_bad_json(path, f"is not a generation config; {_CORRECT}, or remove it"):
-            dict[str, Any](json.loads(path.read_text(encoding="utf-8")).items())
+            if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+                raise TypeError("it is no object")
 
 
 def _check_numbers(path: Path, fields: dict[str, Any]) -> None:

@@ -222,8 +222,8 @@ def output_work_dir(
             read_state(state, identity)
         _remove_unfinished(directory)
         if team.is_first:  # what another number of processes left cannot be gone on from
-            of_this = f"-of-{team.size}"
-            _remove_in(work_dir, lambda it: it.startswith("process-") and not it.endswith(of_this))
+            own = f"-of-{team.size}"
+            _remove_in(work_dir, lambda name: "-of-" in name and not name.endswith(own))
         try:
             yield WorkDir(directory, hidden_budget(memory_budget), identity, team=team)
         except ResumeError:
