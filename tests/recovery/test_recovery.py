@@ -287,9 +287,14 @@ def test_the_dense_model_teaches_where_it_is_at_hand(
     assert name_of_teacher("auto", pruned, tokenizer) == dense
     assert name_of_teacher(str(pruned), pruned, tokenizer) == str(pruned)
     assert name_of_teacher("none", pruned, tokenizer) is None
-    # A model that was not pruned has none.
-    assert name_of_teacher("auto", Path(dense), tokenizer) is None
     assert caplog.messages == []
+    # A model that was not pruned has none, which may be a mistake.
+    assert name_of_teacher("auto", Path(dense), tokenizer) is None
+    (told,) = caplog.messages
+    assert told == (
+        f"training on the text alone, because nothing says what {dense} was pruned from: give the "
+        "dense model to --teacher, or none"
+    )
     # Another model is in its place, or none.
     moved = tmp_path / "moved"
     shutil.copytree(pruned, moved)

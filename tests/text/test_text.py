@@ -167,7 +167,7 @@ def test_too_little_text_says_how_much_there_is_and_how_much_is_needed(tmp_path,
     path.write_text("")
     (tmp_path / "a.jsonl").write_text("\n")
     for empty in (path, tmp_path / "a.jsonl"):
-        with pytest.raises(TextError, match="holds 0 windows"):
+        with pytest.raises(TextError, match="holds 0 windows of 16 tokens: it is empty, or short"):
             draw_windows([str(empty)], tokenizer, seqlen=16)
 
 

@@ -219,6 +219,11 @@ def _recorded_teacher(source: Checkpoint, tokenizer: PreTrainedTokenizerBase) ->
     Of one that was pruned several times it is the first, else the next that is there.
     """
     before, recorded = facts_about(source).get("base_model"), []
+    if before is None:
+        logger.warning(
+            f"training on the text alone, because nothing says what {source.label} was pruned "
+            "from: give the dense model to --teacher, or none"
+        )
     failed: tuple[str, Exception] | None = None
     while isinstance(before, dict):
         recorded.append(before)

@@ -132,7 +132,12 @@ def _filled(pools: Sequence[Windows], shares: Sequence[int], samples: int | None
         (name,), (windows, seqlen) = pool.sources, pool.tokens_NT.shape
         if windows >= share:
             continue
-        if not enough or not windows:
+        if not windows:
+            raise TextError(
+                f"{name} holds 0 windows of {seqlen} tokens: it is empty, or shorter than one; "
+                "give more text or a shorter --seqlen"
+            )
+        if not enough:
             raise TextError(
                 f"{name} holds {windows} windows of {seqlen} tokens, {share} are needed "
                 f"({share * (seqlen - len(pool.begins_with))} tokens); give more text, fewer "
