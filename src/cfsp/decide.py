@@ -21,7 +21,7 @@ from cfsp.cut.surgery import PrunedSource
 from cfsp.job import Job
 from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.planning.importance import COARSE_WINDOWS, warn_of_experts
-from cfsp.planning.make import Planner, fitting_statistics
+from cfsp.planning.make import Planner, UnitWidths, fitting_statistics
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.pruning_cost import announce, doubts, say_doubts
 from cfsp.repair.ladder import check_windows, repair, steps_left
@@ -66,9 +66,10 @@ class _Selected:
 
     job: Job
     constraint: Constraint
-    chooses: bool  # the ridge pass is to choose the channels; statistics are of a coarse pass
     planner: Planner
     candidate: Candidate
+    # Where the ridge pass is to choose the channels; statistics are those of a coarse pass.
+    widths: UnitWidths | None
 
 
 def decide(job: Job, known: Known = NOTHING_KNOWN) -> tuple[PruningResult, dict[str, Any]]:
@@ -128,17 +129,19 @@ def _selected(
     if reads_text and job.budget.channel_parts:
         statistics = with_needed_sensitivity(job, statistics)
     planner, candidate = select(job, constraint, statistics)
-    # Where whole blocks are enough nothing gets narrower.
-    chooses = chooses and bool(narrowed_units(job.source, [planner.widths(candidate).kept_U]))
-    return _Selected(job, constraint, chooses, planner, candidate)
+    widths = planner.widths(candidate) if chooses else None
+    if widths is not None and not narrowed_units(job.source, [widths.kept_U]):
+        widths = None  # whole blocks are enough
+    return _Selected(job, constraint, planner, candidate, widths)
 
 
 def _decided(selected: Sequence[_Selected]) -> list[tuple[PruningResult, dict[str, Any]]]:
     """Return plans, with the ridge step where that chose the channels, and what goals came to."""
-    chosen = iter(_chosen_and_repaired([each for each in selected if each.chooses]))
+    to_choose = [(each, each.widths) for each in selected if each.widths is not None]
+    chosen = iter(_chosen_and_repaired(to_choose))
     found = []
     for each in selected:
-        if each.chooses:
+        if each.widths is not None:
             result = next(chosen)
         else:
             with each.job.work_dir.watch.stage("plan"):
@@ -153,18 +156,19 @@ def _decided(selected: Sequence[_Selected]) -> list[tuple[PruningResult, dict[st
     return found
 
 
-def _chosen_and_repaired(selected: Sequence[_Selected]) -> list[PruningResult]:
+def _chosen_and_repaired(
+    selected: Sequence[tuple[_Selected, UnitWidths]],
+) -> list[PruningResult]:
     """Choose the channels of widths that are known, and repair, in one pass over all windows."""
     if not selected:
         return []
-    job, results = selected[0].job, []
+    job, results = selected[0][0].job, []
     windows = job.draw()
-    widths = [each.planner.widths(each.candidate) for each in selected]
     with job.work_dir.watch.stage("ridge"):
-        chosen = choose_and_repair(job, windows, [own.kept_U for own in widths])
+        chosen = choose_and_repair(job, windows, [own.kept_U for _, own in selected])
     record = calibration_record(job, windows)
     seen = Statistics.of([each.observed for each in chosen[0]], record)
-    for number, (each, own, blocks) in enumerate(zip(selected, widths, chosen, strict=True)):
+    for number, ((each, own), blocks) in enumerate(zip(selected, chosen, strict=True)):
         # What else was measured of the model holds.
         statistics = replace(
             each.planner.statistics, blocks=seen.blocks, units=seen.units, record=record

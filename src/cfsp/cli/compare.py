@@ -103,9 +103,9 @@ def _named(
     for each in models:
         if each.name == name:
             return each
-    called_so = {each.fingerprint for each in measured if each.name == name}
+    called_so = {each.fingerprint: each for each in measured if each.name == name}
     if len(called_so) == 1:
-        return next(each for each in models if each.fingerprint in called_so)
+        return _same(models, *called_so.values())
     known = ", ".join(each.name for each in models)
     raise UsageError(f"{flag}: expected a model of the files ({known}), found {name!r}")
 

@@ -17,7 +17,7 @@ from cfsp.quality.results_file import (
     MeasuredModel,
     Measures,
     answer_measures,
-    digest_of,
+    documents_digest,
     hashes,
 )
 from cfsp.quality.tasks.harness import UNREAD, ScoredDocument, chance_of, losses_of
@@ -177,7 +177,7 @@ def _of_tasks(
     return {
         "metric": metric,
         "documents": len(one),
-        "digest": digest_of(one),
+        "digest": documents_digest(one),
         "shots": first.tasks.get(task, {}).get("shots"),
         "dense": None if of_dense is None else mean([each[metric] for each in of_dense]),
         "chance": chance_of(one),

@@ -197,7 +197,7 @@ def hashes(documents: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(document["id"], document["hash"]) for document in documents]
 
 
-def digest_of(documents: Sequence[dict[str, Any]]) -> str:
+def documents_digest(documents: Sequence[dict[str, Any]]) -> str:
     """Return a digest of the same."""
     return sha256(str(hashes(documents)).encode()).hexdigest()[:16]
 

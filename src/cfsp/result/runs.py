@@ -21,7 +21,7 @@ from cfsp.errors import CheckpointError, ReportError
 from cfsp.planning.plan_file import PruningPlan
 from cfsp.quality.compare import compare
 from cfsp.quality.paired import Number
-from cfsp.quality.results_file import digest_of, measured_model
+from cfsp.quality.results_file import documents_digest, measured_model
 from cfsp.result.facts import (
     COUNT,
     NATS,
@@ -327,7 +327,7 @@ def _quality_facts(both: Sides) -> list[Fact]:
                     number = _number({"value": scores[metric], "stderr": error})
                     detail = _examined(scores)
                     name = f"{task}, {metric}{', nats' if unit is NATS else ''}"
-                    digest = digest_of(model.get("documents", {}).get(task, ()))
+                    digest = documents_digest(model.get("documents", {}).get(task, ()))
                     fact = Fact(TASKS, name, unit, detail=detail, digest=digest)
                     facts.append(fact.of(side, number))
     before, after = (both.get(side, {}) for side in ("before", "after"))

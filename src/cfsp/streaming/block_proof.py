@@ -88,11 +88,13 @@ def prove_without_attentions(
 
     Those that are gone already are among them.
     """
-    blocks = [blocks_in_words(sorted(each)) for each in (removed, removed_blocks) if each]
-    of_some = "the attention layers of " if removed else ""
-    what = f"{of_some}{blocks[0]} of {architecture.class_name} can't be removed"
+    name, blocks = architecture.class_name, blocks_in_words(removed_blocks)
+    what = f"the attention layers of {blocks_in_words(removed)} of {name} can't be removed"
+    if not removed:
+        what = f"{blocks} of {name} can't be removed beside the attention layers that are gone"
+    elif removed_blocks:
+        what += f" beside {blocks}"
     if removed_blocks:
-        what += f" beside {blocks[1] if removed else 'the attention layers that are gone'}"
         stock, architecture, _ = stock_without_blocks(stock, architecture, removed_blocks)
         removed = [index_without(removed_blocks, block) for block in removed]
     run = small_run_of(stock)

@@ -130,9 +130,11 @@ def check_same_work(
     if team.size > 1:
         software = {f"version of {name}": found for name, found in versions().items()}
         models = ", ".join(source.fingerprint for source in sources)
-        alike = [runtime_identity(runtime) for runtime in runtimes]
-        computing = {f"--{x}": ", ".join(each[x] for each in alike) for x in ("device", "dtype")}
-        # By which each takes its share of the windows.
-        batches = ", ".join(str(runtime.batch_windows) for runtime in runtimes)
-        computing["--batch-windows"] = batches
+        # By its batches each takes its share of the windows.
+        alike = [
+            {**runtime_identity(each), "batch-windows": str(each.batch_windows)}
+            for each in runtimes
+        ]
+        flags = ("device", "dtype", "batch-windows")
+        computing = {f"--{flag}": ", ".join(each[flag] for each in alike) for flag in flags}
         team.check_same({"model": models, **more, **software, **computing})
