@@ -37,7 +37,7 @@ from cfsp.planning.plan_file import ModelIdentity, PruningPlan
 from cfsp.planning.unit_plan import UnitPlan
 from cfsp.settings import (
     UNIT_PARTS,
-    WHOLE_PARTS,
+    Budget,
     CalibrationText,
     Part,
     PruneSettings,
@@ -174,8 +174,9 @@ def goal_of_share(
     """Return the goal by which as many parameters go as a share of all that the parts own."""
     is_path = isinstance(model, Path)
     source = Checkpoint(model, parts=parts) if is_path else LoadedModel(model, parts)
-    owned = DropSizes.of(source, [part for part in WHOLE_PARTS if part in parts]).total
-    if "blocks" not in parts:
+    whole = Budget(parts=parts).whole_part
+    owned = DropSizes.of(source, whole).total if whole else 0
+    if whole != "blocks":
         owned += parameters_of_channels(source, [part for part in UNIT_PARTS if part in parts])
     return TargetParameters(1 - share * owned / source.parameter_count)
 

@@ -180,8 +180,7 @@ def calibrate(
 
     Arguments are those of `prune`, `parts` those of later plans. What pruning each block alone does
     to the predictions is measured by the same rule, unless `block_metric="angular"`. With `blocks`
-    or `attention` among the parts it is also measured in which order these go best, or both
-    together, up to half of them.
+    or `attention` it is also measured in which order these go best, up to half of them.
     """
     check_names(calibrate, advanced, CalibrationText, Criterion, Compute)
     text = from_names(CalibrationText, advanced, names=data, samples=samples, seqlen=seqlen)

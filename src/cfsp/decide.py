@@ -118,7 +118,7 @@ def _selected(
     chooses = repairs_channels and not is_known and not constraint.needs_statistics
     if statistics is None:
         windows = job.draw()
-        if chooses or job.budget.parts == job.budget.whole_parts:
+        if chooses or job.budget.parts == (job.budget.whole_part,):
             windows = few_windows(windows, COARSE_WINDOWS)  # nothing that is chosen needs them all
         name = "coarse pass" if chooses else "calibrate"
         with job.work_dir.watch.stage(name):

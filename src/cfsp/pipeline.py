@@ -241,9 +241,6 @@ def calibrate_source(
             SENSITIVITY,
         ):
             return statistics
-        # Of every part that a plan may ask about.
-        together = Budget(parts=tuple(dict.fromkeys(unit.part for unit in source.units)))
-        job = replace(job, settings=replace(job.settings, budget=together))
         return with_needed_sensitivity(job, statistics)
 
 

@@ -224,9 +224,9 @@ def size_after(source: WeightSource, settings: PruneSettings) -> tuple[int, int]
 
 def _parameters_to_go(source: WeightSource, budget: Budget) -> float:
     """Return how many parameters go with a share, or a number, of one part."""
-    if budget.whole_parts:
-        sizes = DropSizes.of(source, budget.whole_parts)
-        numbered = min(1.0, (budget.remove or 0) / len(sizes.of_one))
+    if budget.whole_part:
+        sizes = DropSizes.of(source, budget.whole_part)
+        numbered = min(1.0, (budget.remove or 0) / len(sizes.size_of))
         return (budget.sparsity or numbered) * sizes.total
     return budget.sparsity * parameters_of_channels(source, budget.channel_parts)
 

@@ -112,7 +112,8 @@ def test_a_sensitivity_that_cannot_be_is_refused(tmp_path):
     [
         ("qwen2", "mlp", {"sparsity": 0.4}),
         ("qwen2", "mlp", {"parts": ("blocks",), "sparsity": 0.4}),
-        ("qwen2", "mlp", {"parts": ("ffn", "attention"), "target_params": 0.8}),
+        ("qwen2", "mlp", {"parts": ("ffn", "kv"), "target_params": 0.8}),
+        ("qwen2", "mlp", {"parts": ("attention",), "sparsity": 0.4}),
         # Experts that are all given all tokens, with zeros for those of others.
         ("llama4_text", "feed_forward.experts", {"sparsity": 0.4}),
     ],

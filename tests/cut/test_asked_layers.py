@@ -1,4 +1,4 @@
-"""Blocks and attention layers are asked for: beside channels, by statistics, and in vain."""
+"""Blocks or attention layers are asked for: beside channels, by statistics, and in vain."""
 
 from dataclasses import replace
 from typing import Any
@@ -30,7 +30,7 @@ from cfsp.planning.make import Planner
 from cfsp.selection import drop_order
 from cfsp.selection.constraint import Share
 from cfsp.selection.drop_order import check_can_go
-from cfsp.settings import PARTS, Budget, Criterion, Part, PruneSettings
+from cfsp.settings import Budget, Criterion, Part, PruneSettings
 from cfsp.streaming import block_proof
 from cfsp.streaming.block_proof import prove_without_blocks
 from family_contract import by_plan, check_is_the_same
@@ -66,7 +66,7 @@ def test_nothing_removed_is_the_model(save, few, tmp_path, name, parts):
 
 
 def test_how_many_go_beside_channels_is_tried(llama, few, tmp_path):
-    parts: tuple[Part, ...] = ("ffn", *BOTH)
+    parts: tuple[Part, ...] = ("ffn", "blocks")
     goal = goal_of_share(llama, parts, 0.45)
     report = cfsp.prune(llama, out=tmp_path / "out", parts=parts, goal=goal, multiple=1, **few)
     plan = report.plan
@@ -75,17 +75,17 @@ def test_how_many_go_beside_channels_is_tried(llama, few, tmp_path):
     assert gone == pytest.approx(0.45 * total, rel=0.02)
     assert plan.has_gaps and 0 < plan.criterion["sparsity"] < 1
     assert len(plan.removed_blocks) + len(report.intermediate_sizes) == 5
-    dropped = Dropped(plan.removed_blocks, plan.removed_attentions)
-    units = Checkpoint(llama, parts=plan.parts).units
-    assert [not each.kept for each in plan.units] == [dropped.takes(unit) for unit in units]
+    assert [not each.kept for each in plan.units] == [
+        unit.block in plan.removed_blocks for unit in Checkpoint(llama).units
+    ]
 
 
 @pytest.mark.parametrize(("parts", "repair"), [(("ffn",), "ridge"), (("ffn", "kv"), "sequential")])
 def test_channels_of_the_others_are_repaired(llama, few, text_file, tmp_path, parts, repair):
-    every = tuple(part for part in PARTS if part in (*parts, *BOTH))
-    source = Checkpoint(llama, parts=every)
-    statistics = cfsp.calibrate(llama, parts=every, **few)
-    planner = Planner.of(source, statistics, Budget(parts=every, multiple=1), Criterion())
+    """Also where somebody's plan drops a block and an attention layer."""
+    source = Checkpoint(llama, parts=("ffn", "kv"))
+    statistics = cfsp.calibrate(llama, parts="ffn,kv", **few)
+    planner = Planner.of(source, statistics, Budget(parts=parts, multiple=1), Criterion())
     plan = planner.plan(Candidate(Dropped((1,), (3,)), 0, parts, 0.3))
     report = by_plan(llama, plan, tmp_path / "out", text_file, repair)
     ridge, *later = report.repair["steps"]
@@ -124,9 +124,9 @@ def check_cached(model: Any) -> None:
 
 
 def test_attention_layers_go_by_order_and_by_distances(llama, few):
-    statistics = cfsp.calibrate(llama, parts=("ffn", "attention"), **few)
-    order = [each.block for each in statistics.removals_of(ATTENTION)]
-    assert len(order) == 3 and not statistics.removals_of(("blocks",))  # half of five
+    statistics = cfsp.calibrate(llama, parts="attention", **few)
+    order = [each.block for each in statistics.removals_of("attention")]
+    assert len(order) == 3 and not statistics.removals_of("blocks")  # half of five
     distance_L = statistics.of_part("kv").distance_L
     nearest = sorted(range(5), key=distance_L.__getitem__)
     for removal, known, expected in (
@@ -139,32 +139,32 @@ def test_attention_layers_go_by_order_and_by_distances(llama, few):
         assert all(unit.kept_width == unit.width for unit in plan.of_part("ffn"))
 
 
-def test_blocks_and_attention_layers_go_by_one_order(llama, few):
-    source = Checkpoint(llama, parts=BOTH)
-    statistics = cfsp.calibrate(llama, parts=BOTH, **few)
-    order = statistics.removals_of(BOTH)
-    assert order and not statistics.removals_of(("blocks",))
-    sizes = DropSizes.of(source, BOTH)
-
-    def planned(share: float, parts: tuple[Part, ...] = BOTH) -> cfsp.PruningPlan:
-        goal = goal_of_share(llama, parts, share)
-        settings = PruneSettings(Budget(parts=parts), goal=goal)
-        return plan_from(source, statistics, settings)
-
+@pytest.mark.parametrize("part", ["attention", "blocks"])
+def test_as_much_goes_as_comes_closest(llama, few, part):
+    parts: tuple[Part, ...] = (part,)
+    source = Checkpoint(llama, parts=parts)
+    statistics = cfsp.calibrate(llama, parts=part, **few)
+    sizes = DropSizes.of(source, part)
     for share in (0.05, 0.3, 0.51):
-        plan = planned(share)
-        dropped = Dropped(plan.removed_blocks, plan.removed_attentions)
-        missing = abs(sizes.parameters(dropped) - share * sizes.total)
-        assert missing <= max(sizes.of_one.values()) / 2
-    # What was measured up to half of the blocks is the plan for half of them.
-    assert dropped == Dropped.of(order)
-    assert plan.criterion["of"] == "blocks"
+        settings = PruneSettings(Budget(parts=parts), goal=goal_of_share(llama, parts, share))
+        plan = plan_from(source, statistics, settings)
+        gone = plan.removed_blocks or plan.removed_attentions
+        missing = abs(sizes.parameters(gone) - share * sizes.total)
+        assert missing <= max(sizes.size_of.values()) / 2
+        assert plan.criterion["of"] == part
+    # What was measured up to half of them is the plan for half of them.
+    assert sorted(each.block for each in statistics.removals) == list(gone)
+
+
+def test_how_many_go_beside_channels_takes_a_text(llama, few):
+    asked = PruneSettings(Budget(parts=("ffn", "blocks")), goal=cfsp.TargetParameters(0.8))
+    statistics = cfsp.calibrate(llama, parts="ffn,blocks", **few)
     with pytest.raises(UsageError, match="should go, which requires the model and a text"):
-        planned(0.3, ("ffn", "attention", "blocks"))
+        plan_from(Checkpoint(llama), statistics, asked)
 
 
 def test_a_killed_run_goes_on_with_what_it_had_chosen(llama, few, tmp_path, monkeypatch):
-    asked = {"parts": BOTH, "goal": goal_of_share(llama, BOTH, 0.3), **few}
+    asked = {"parts": "attention", "goal": goal_of_share(llama, ATTENTION, 0.3), **few}
     stopped_at("cfsp.decide.select", cfsp.prune, llama, out=tmp_path / "out", **asked)
     expected = cfsp.prune(llama, out=tmp_path / "at-once", **asked)
     monkeypatch.setattr(drop_order, "order_of_removal", never)
@@ -184,10 +184,10 @@ def test_impossible_budgets_say_what_is_possible(llama, monkeypatch):
     with pytest.raises(BudgetError, match="cannot remove 5 attention layers"):
         check(ATTENTION, remove=5)
     with pytest.raises(BudgetError, match=r"at least one of 5 blocks must stay; between 0 and"):
-        check(BOTH, cfsp.TargetParameters(0.25))
+        check(("blocks",), cfsp.TargetParameters(0.25))
     monkeypatch.setattr("cfsp.job.fits", lambda *args: False)
     with pytest.raises(UsageError, match="requires the whole model in memory"):
-        check(BOTH, cfsp.TargetParameters(0.8))
+        check(("ffn", "blocks"), cfsp.TargetParameters(0.8))
 
 
 GEMMA3N: dict[str, Any] = {"num_kv_shared_layers": 0}
@@ -247,7 +247,7 @@ def test_one_of_a_kind_must_stay_beside_those_that_went_before(save, few, tmp_pa
 @pytest.mark.parametrize("name", ["bloom", "mpt", "gemma3n_text"])
 def test_what_stock_would_load_with_random_attentions_is_refused_before_any_text(name):
     source = LoadedModel(tiny_model(name), ATTENTION)
-    with pytest.raises(UnsupportedModelError, match=r"can't go alone: .*--parts attention,ffn"):
+    with pytest.raises(UnsupportedModelError, match=r"can't go alone: .*channels first"):
         Share(source, Budget(parts=ATTENTION, remove=1)).check()
     Share(source, Budget(parts=ATTENTION, remove=0)).check()
     with pytest.raises(UnsupportedModelError, match="can't go alone"):

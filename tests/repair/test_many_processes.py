@@ -81,7 +81,7 @@ def test_two_processes_give_what_one_gives(finish, argv_of, text_file):
 
 def test_two_processes_take_the_same_parts(finish, argv_of):
     """The first chooses how many go whole; all calibrate and repair."""
-    goal = ["--target-params", "0.75", "--parts", "ffn,kv,attention,blocks"]
+    goal = ["--target-params", "0.75", "--parts", "ffn,kv,blocks"]
     finish(argv_of("llama", [*goal, *ASKED[2:]]), 2)
 
 

@@ -13,11 +13,11 @@ from cfsp.calibration.statistics import Removal, RunDistances, Statistics
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.stored_blocks import names_without_blocks, parameters_of_blocks
 from cfsp.errors import BudgetError, StatisticsError, UnsupportedModelError
-from cfsp.planning.candidate import NOTHING, Candidate, Dropped
+from cfsp.planning.candidate import Candidate, Dropped
 from cfsp.processes import Team
 from cfsp.selection import drop_order
 from cfsp.selection.constraint import DropBudget
-from cfsp.selection.drop_order import cheapest_runs, dropped_by
+from cfsp.selection.drop_order import cheapest_runs, gone_by
 from cfsp.settings import Budget, PruneSettings
 from cfsp.streaming.work_dir import WorkDir
 from tiny_decoders import tiny_model
@@ -55,11 +55,10 @@ def test_runs_are_the_cheapest_of_all(seed, count, banned):
 
 
 def test_one_of_several_is_said_so():
-    both = Dropped((3,), (0, 1))
-    assert both.in_words == "1 block and 2 attention layers"
     assert Dropped((), (4,)).in_words == "1 attention layer"
-    beside = Candidate(both, parts=("ffn", "kv"), sparsity=0.25)
-    assert beside.in_words.endswith("and 25.0% of the FFN channels and KV groups of the others")
+    beside = Candidate(Dropped((3, 5)), parts=("ffn", "kv"), sparsity=0.25)
+    others = "25.0% of the FFN channels and KV groups of the others"
+    assert beside.in_words == f"2 blocks and {others}"
     assert Candidate(parts=("ffn",), sparsity=0.25).in_words == "25.0% of the FFN channels"
     assert Candidate(Dropped((), (4,)), parts=("kv",)).in_words == "1 attention layer"
     assert Candidate(experts=2).in_words == "2 experts of each block"
@@ -76,14 +75,14 @@ def test_a_budget_is_met_to_within_half_a_block(source):
     total = source.parameter_count
     for sparsity, expected in ((0.0, 0), (0.08, 0), (0.09, 1), (0.5, 3), (0.83, 5)):
         budget = DropBudget.of_share(source, OF_BLOCKS, sparsity)
-        first = (Dropped(tuple(range(count))) for count in range(BLOCKS))
-        assert len(next(filter(budget.is_met_by, first)).blocks) == expected
+        first = (range(count) for count in range(BLOCKS))
+        assert len(next(filter(budget.is_met_by, first))) == expected
     of_model = DropBudget.of_share(source, OF_BLOCKS, 2 * each[0] / total, of_model=True)
-    assert of_model.is_met_by(Dropped((0, 4)))
-    assert not of_model.is_met_by(Dropped((0,)))
+    assert of_model.is_met_by((0, 4))
+    assert not of_model.is_met_by((0,))
     by_count = DropBudget.of_count(source, OF_BLOCKS, 2)
-    assert by_count.is_met_by(Dropped((1, 2)))
-    assert not by_count.is_met_by(Dropped((1,)))
+    assert by_count.is_met_by((1, 2))
+    assert not by_count.is_met_by((1,))
 
 
 def test_an_impossible_budget_names_the_range(source):
@@ -122,23 +121,23 @@ def test_the_choice_follows_the_statistics(source):
     plain = statistics_with_distances([0.1] * BLOCKS)
     order = (Removal(5, 0.1), Removal(2, 0.3), Removal(0, 0.7))
     measured = replace(plain, removals=order, runs=random_runs(0))
-    assert dropped_by(source, measured, budget).blocks == (2, 5)
-    expected = tuple(cheapest_runs(random_runs(0), BLOCKS, 2))
-    assert dropped_by(source, replace(measured, removals=()), budget).blocks == expected
+    assert gone_by(source, measured, budget) == [5, 2]
+    expected = cheapest_runs(random_runs(0), BLOCKS, 2)
+    assert gone_by(source, replace(measured, removals=()), budget) == expected
     nothing = DropBudget.of_share(source, OF_BLOCKS, 0.0)
-    assert dropped_by(source, plain, nothing) == NOTHING
+    assert gone_by(source, plain, nothing) == []
     with pytest.raises(StatisticsError, match="cfsp calibrate --parts blocks"):
-        dropped_by(source, plain, budget)
+        gone_by(source, plain, budget)
     # The order may be of a run without --keep.
     kept = replace(OF_BLOCKS, keep=("5",))
     for own in (DropBudget.of_count(source, kept, 2), DropBudget.of_share(source, kept, 1 / 3)):
-        assert dropped_by(source, measured, own).blocks == (0, 2)
-    together = [replace(each, among=("attention", "blocks")) for each in order]
-    with pytest.raises(StatisticsError, match="of attention layers and blocks together, not of"):
-        dropped_by(source, replace(plain, removals=tuple(together)), budget)
+        assert gone_by(source, measured, own) == [2, 0]
+    # An earlier version had one order of blocks and attention layers.
+    together = [{**vars(each), "among": ["attention", "blocks"]} for each in order]
+    assert Removal.all_from_json(together, BLOCKS) == ()
     more = DropBudget.of_share(source, OF_BLOCKS, 0.8)
     with pytest.raises(StatisticsError, match="say of 3 blocks in which order they go"):
-        dropped_by(source, measured, more)
+        gone_by(source, measured, more)
 
 
 @pytest.mark.parametrize("distance_L", [(0.9, 0.8, 0.3, 0.1), (0.9, 0.1, 0.3, 0.8)])
@@ -148,7 +147,7 @@ def test_a_block_that_cannot_go_is_left_out(distance_L):
     plain = statistics_with_distances(distance_L)
     statistics = replace(plain, runs=runs_of(*distance_L))
     budget = DropBudget.of_count(source, OF_BLOCKS, 1)
-    assert dropped_by(source, statistics, budget).blocks == (3,)
+    assert gone_by(source, statistics, budget) == [3]
 
 
 def test_statistics_keep_what_the_choice_needs(model, few, tmp_path, monkeypatch):

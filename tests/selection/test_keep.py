@@ -60,21 +60,20 @@ def test_blocks_that_stay_are_not_dropped(source, tokenizer, few, removal, monke
 
 
 def test_an_ffn_that_stays_keeps_its_block_and_not_its_attention(source):
-    alone = DropSizes.of(source, ("attention",), ("model.layers.*.mlp",))
-    assert sorted(alone.attention_of) == list(range(BLOCKS)) and not alone.some_stay
-    assert not alone.leaves_some(Dropped((), tuple(range(BLOCKS))))
-    both = DropSizes.of(source, ("attention", "blocks"), ("model.layers.0.mlp", "2"))
-    assert sorted(both.block_of) == [1, 3, 4] and sorted(both.attention_of) == [0, 1, 3, 4]
-    assert both.leaves_some(Dropped((1, 3, 4), (0,)))
-    only_ffn = DropSizes.of(source, ("attention", "blocks"), ("model.layers.0.mlp",))
-    assert not only_ffn.leaves_some(Dropped((1, 2, 3, 4), (0,)))
+    alone = DropSizes.of(source, "attention", ("model.layers.*.mlp",))
+    assert sorted(alone.size_of) == list(range(BLOCKS)) and not alone.some_stay
+    assert not alone.left(range(BLOCKS - 1))
+    keep = ("model.layers.0.mlp", "2")
+    blocks, attentions = (DropSizes.of(source, part, keep) for part in ("blocks", "attention"))
+    assert sorted(blocks.size_of) == [1, 3, 4] and sorted(attentions.size_of) == [0, 1, 3, 4]
+    assert blocks.left([1, 3]) == {4} and attentions.left([0, 1, 4]) == {3}
 
 
 def test_channels_give_all_where_no_block_may_go(source):
     keep = ("*.self_attn",)  # whose blocks stay then
     constraint = Parameters(source, Budget(parts=("ffn", "kv", "blocks"), keep=keep), 0.8)
     constraint.check()
-    assert constraint.to_drop().is_met_by(Dropped())
+    assert constraint.to_drop().is_met_by(())
 
 
 def test_blocks_give_what_channels_that_may_go_do_not_reach(tokenizer, few, caplog):
@@ -102,7 +101,7 @@ def test_widths_are_multiples_whichever_blocks_go(tokenizer, tmp_path):
 )
 def test_of_the_last_block_its_channels_may_go(source, share, expected):
     """More than all other blocks was refused, though channels are beside them."""
-    goes = DropSizes.of(source, ("blocks",)).most
+    goes = DropSizes.of(source, "blocks").most
     goes += share * parameters_of_channels(source, ("ffn",)) / BLOCKS
     asked = 1 - goes / source.parameter_count
     with expected:
@@ -111,7 +110,7 @@ def test_of_the_last_block_its_channels_may_go(source, share, expected):
 
 @pytest.mark.parametrize(
     ("parts", "keep", "ways"),
-    [("ffn,blocks", "0,1", "remove less, or --keep less$"), ("ffn,attention", (), "remove less$")],
+    [("ffn,blocks", "0,1", "remove less, or --keep less$"), ("kv,blocks", (), "remove less$")],
 )
 def test_a_size_out_of_reach_is_refused_before_any_pass(source, parts, keep, ways):
     message = f"cannot remove 90.0% of .* with --parts {parts}.*; {ways}"

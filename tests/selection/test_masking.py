@@ -3,7 +3,6 @@
 import math
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import combinations
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.checkpoint.skeleton import blocks_of
 from cfsp.errors import UnsupportedModelError
-from cfsp.planning.candidate import NOTHING, Dropped
+from cfsp.planning.candidate import Dropped
 from cfsp.selection import divergence, drop_order
 from cfsp.selection.constraint import DropBudget, half_dropped
 from cfsp.selection.divergence import (
@@ -127,7 +126,7 @@ DEPTH = 5
 
 
 def without(source: LoadedModel, dense: DensePredictions, removed: Dropped) -> float:
-    """Return the divergence without blocks and attention layers, without resuming anywhere."""
+    """Return the divergence without blocks or attention layers, without resuming anywhere."""
     model = source.model
     blocks = blocks_of(model, source.architecture)
     units = {unit.block: unit for unit in source.units if unit.part == "kv"}
@@ -143,14 +142,14 @@ def order_of(source: LoadedModel, count: int) -> list[Removal]:
     return order_of_removal(source, source.model, TOKENS, wanted)
 
 
-def test_beside_channels_as_much_goes_as_can():
+def test_statistics_have_as_much_as_can_go():
     """Two of three attention layers have a sliding window, and one of each kind must stay."""
-    budget, model = Budget(parts=("ffn", "attention")), build_tiny_model("gemma3_text")
+    budget, model = Budget(parts=("attention",)), build_tiny_model("gemma3_text")
     source = LoadedModel(model, budget.parts)
     half = half_dropped(source, budget)
     (removal,) = order_of_removal(source, model, TOKENS, half)
     assert removal.block in (0, 1)
-    assert half.taken([removal]) == [removal] and half.first([removal]) is None
+    assert half.taken([removal.block]) == [removal.block] and not half.is_met_by([removal.block])
     with pytest.raises(UnsupportedModelError, match="at least one of the kind full_attention"):
         order_of_removal(source, model, TOKENS, replace(half, at_most=False))
 
@@ -169,7 +168,7 @@ def test_what_the_model_cannot_do_without_stays(five_blocks, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def both() -> LoadedModel:
+def uneven() -> LoadedModel:
     """A model whose last attention layers do little."""
     model = tiny_model("llama", num_hidden_layers=DEPTH)
     for block in (3, 4):
@@ -177,36 +176,34 @@ def both() -> LoadedModel:
     return LoadedModel(model, ("attention", "blocks"))
 
 
-def test_blocks_and_attentions_are_compared_for_each_parameter(both):
-    wanted = DropBudget.of_share(both, Budget(parts=("attention", "blocks")), 0.7)
-    before = {name: tensor.clone() for name, tensor in both.model.state_dict().items()}
-    order = order_of_removal(both, both.model, TOKENS, wanted)
-    assert all(torch.equal(both.model.state_dict()[name], before[name]) for name in before)
-    gone, dense = NOTHING, dense_predictions(both.model, TOKENS)
+@pytest.mark.parametrize("part", ["attention", "blocks"])
+def test_the_cheapest_for_each_parameter_goes_first(uneven, part):
+    wanted = DropBudget.of_share(uneven, Budget(parts=(part,)), 0.7)
+    # As if blocks differed in size.
+    size_of = {block: size * (1 + block) for block, size in wanted.sizes.size_of.items()}
+    sizes = replace(wanted.sizes, size_of=size_of)
+    wanted = replace(wanted, sizes=sizes, wanted=0.7 * sum(size_of.values()))
+    before = {name: tensor.clone() for name, tensor in uneven.model.state_dict().items()}
+    order = order_of_removal(uneven, uneven.model, TOKENS, wanted)
+    assert all(torch.equal(uneven.model.state_dict()[name], before[name]) for name in before)
+    gone, dense = list[int](), dense_predictions(uneven.model, TOKENS)
     # The first is the cheapest of all that has room; later ones are not all tried again.
     price_of = {
-        droppable: without(both, dense, gone.plus(droppable))
-        / wanted.sizes.parameters_with(gone, droppable)
-        for droppable in wanted.sizes.droppable(gone)
-        if wanted.has_room_for(gone, droppable)
+        block: without(uneven, dense, wanted.dropped([block])) / size_of[block]
+        for block in wanted.room(gone)
     }
-    assert (order[0].part, order[0].block) == min(price_of, key=price_of.__getitem__)
+    assert order[0].block == min(price_of, key=price_of.__getitem__)
     for found in order:
-        gone = gone.plus((found.part, found.block))
-        assert found.divergence == pytest.approx(without(both, dense, gone), rel=1e-3)
-    assert {each.part for each in order} == {"attention", "blocks"}
-    missing = wanted.parameters - wanted.sizes.parameters(gone)
-    assert abs(missing) <= max(wanted.sizes.of_one.values()) / 2
-    # With a block goes what is left of it.
-    assert any(
-        (each.part, other.part) == ("attention", "blocks") and each.block == other.block
-        for each, other in combinations(order, 2)
-    )
+        assert found.part == part
+        gone.append(found.block)
+        divergence = without(uneven, dense, wanted.dropped(gone))
+        assert found.divergence == pytest.approx(divergence, rel=1e-3)
+    assert len(gone) > 1 and wanted.is_met_by(gone)
 
 
 def test_only_a_few_are_tried_again(five_blocks, monkeypatch, noted):
     """The price is one try for each block, and a few for each that goes."""
-    tried = noted(drop_order, "_divergence_without", lambda masked, gone, droppable: droppable)
+    tried = noted(drop_order, "_divergence_without", lambda masked, gone, last: last)
     monkeypatch.setattr(drop_order, "_TRIED_AGAIN", 1)
     order = order_of(five_blocks, 3)
     assert len(order) == 3

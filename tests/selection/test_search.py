@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builders import entries, goal_of_share, job_of
-from cfsp.checkpoint.reading import LoadedModel, WeightSource
+from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.decide import decide
 from cfsp.errors import BudgetError
@@ -49,7 +49,7 @@ from cfsp.settings import (
 from cfsp.streaming.work_dir import WorkDir, temporary_work_dir
 from cfsp.text.drawing import draw_text
 from cfsp.text.windows import Windows
-from tiny_models import WIDTH, build_tiny_model
+from tiny_models import WIDTH
 
 BLOCKS = 5
 
@@ -89,16 +89,6 @@ def test_the_best_of_all_numbers_is_chosen(five_blocks, text_file, tokenizer, mo
         gone = sum(parameters_L[block] for block in each.candidate.dropped.blocks)
         assert gone < 0.4 * sum(parameters_L) + max(parameters_L) / 2
         assert each.candidate.sparsity > 0 or len(each.candidate.dropped) == BLOCKS * 2 // 5
-
-
-def test_where_one_of_a_kind_must_stay_the_others_may_go(text_file, tokenizer, noted):
-    """Of three attention layers one may, which is fewer than may go beside channels."""
-    budget = Budget(parts=("ffn", "attention"), multiple=8)
-    asked = replace(settings(text_file, TargetParameters(0.8), repair="none"), budget=budget)
-    source = LoadedModel(build_tiny_model("gemma3_text"), budget.parts)
-    orders = noted(search, "_all_masked", lambda *args: args[-1])
-    decided(source, asked, tokenizer)
-    assert [len(order) for order in orders] == [1]
 
 
 def scored(*divergences: float, parts: tuple[Part, ...] = ("ffn",)) -> list[Scored]:

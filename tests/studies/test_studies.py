@@ -53,9 +53,9 @@ def test_it_prints_what_is_published(tmp_path, monkeypatch, capsys):
     assert len(table.splitlines()) > 10
     assert not set(table.splitlines()) - set(printed)
     assert study.main([*command, "--stays", "0.9"]) == 2
-    assert "blocks by influence can't be measured anew" in capsys.readouterr().err
+    assert "ffn,attention can't be measured anew" in capsys.readouterr().err
     gone = {*study.usual_choices(study.PUBLISHED)} - {*study.usual_choices(tmp_path)}
-    assert gone == {"blocks by influence"}
+    assert gone == {"blocks by influence", "ffn,attention"}
 
 
 def test_results_are_measured_once(tmp_path, text_file):

@@ -86,19 +86,18 @@ class Removal:
     block: int  # its index, or that of the attention's block
     divergence: float  # KL(dense || without it and those before it), in nats per token
     part: WholePart = "blocks"
-    among: tuple[WholePart, ...] = ()  # the parts that it was chosen among, where these are several
 
     @staticmethod
     def all_from_json(fields: Sequence[Mapping[str, Any]], blocks: int) -> tuple[Removal, ...]:
         """Return those of so many blocks, of their fields as JSON; ValueError if they can't be."""
         found = tuple(
-            Removal(
-                int(each["block"]), float(each["divergence"]), each["part"], tuple(each["among"])
-            )
+            Removal(int(each["block"]), float(each["divergence"]), each["part"])
             for each in fields
+            # Of blocks and attention layers together, as an earlier version measured it.
+            if not each.get("among")
         )
-        places = {(each.among, each.part, each.block) for each in found}
-        possible = product(((), WHOLE_PARTS), WHOLE_PARTS, range(blocks))
+        places = {(each.part, each.block) for each in found}
+        possible = product(WHOLE_PARTS, range(blocks))
         if len(places) < len(found) or not places <= {*possible}:
             raise ValueError(f"of {blocks} blocks those that go are {sorted(places)}")
         return found
@@ -140,8 +139,8 @@ class Statistics:
         record: the conditions.
         sensitivity: of every block; None if it was not measured: it requires the whole model
             in memory.
-        removals: which blocks, which attention layers, or which of both go best together, one
-            after the other, as far as it was measured, which requires the same.
+        removals: which blocks, or which attention layers, go best together, one after the other,
+            as far as it was measured, which requires the same.
         runs: how far runs of blocks turn the hidden state; None if it was not measured.
     """
 
@@ -189,14 +188,9 @@ class Statistics:
         sensitivity = self.sensitivity and self.sensitivity.of_part(part)
         return replace(self, blocks=tuple(blocks), units=units, sensitivity=sensitivity)
 
-    def removals_of(self, parts: Sequence[WholePart]) -> list[Removal]:
-        """Return the order in which blocks go, attention layers, or both together."""
-        among = tuple(parts) if len(parts) > 1 else ()
-        return [each for each in self.removals if each.among == among and each.part in parts]
-
-    def has_order_of(self, parts: Sequence[WholePart]) -> bool:
-        """Return whether these go by an order: several always do."""
-        return len(parts) > 1 or bool(self.removals_of(parts))
+    def removals_of(self, part: WholePart | None) -> list[Removal]:
+        """Return the order in which blocks go, or attention layers."""
+        return [each for each in self.removals if each.part == part]
 
     @property
     def distance_L(self) -> list[float]:

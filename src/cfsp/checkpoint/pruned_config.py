@@ -205,7 +205,7 @@ def config_changes(
         raise UnsupportedModelError(
             f"attention layers of {architecture.class_name} can't go alone: no key of its config "
             "says how wide FFNs are, so the stock class would load it with random ones; remove FFN "
-            "channels too (--parts attention,ffn)"
+            "channels first (--parts ffn), then attention layers of the result"
         )
     if not parts:
         return ConfigChanges(text, whole)

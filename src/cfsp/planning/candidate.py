@@ -1,18 +1,17 @@
-"""What goes of a model: whole blocks and attention layers, experts, and a share of channels.
+"""What goes of a model: whole blocks or attention layers, experts, and a share of channels.
 
 A `Candidate` says how much goes of what; which channels that are, statistics say (`Planner`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from cfsp.architecture.block_names import counted
 from cfsp.architecture.found import Unit
-from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.stored_blocks import (
     parameters_behind_blocks,
@@ -20,32 +19,24 @@ from cfsp.checkpoint.stored_blocks import (
     parameters_of_blocks,
 )
 from cfsp.errors import UsageError
-from cfsp.settings import PART_NOUNS, WHOLE_PARTS, Part, WholePart, parts_in_words
-
-Droppable = tuple["WholePart", int]  # a block, or the attention of one, that may be dropped
+from cfsp.settings import PART_NOUNS, Part, WholePart, parts_in_words
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """Blocks that go whole, and blocks that stay and whose attention layers go; ascending."""
+    """Blocks that go whole, and blocks that stay and whose attention layers go; ascending.
+
+    Only a plan that somebody wrote has both.
+    """
 
     blocks: tuple[int, ...] = ()
     attentions: tuple[int, ...] = ()
 
     @staticmethod
-    def of(removals: Iterable[Removal]) -> Dropped:
-        """Return what is gone after some removals."""
-        dropped = Dropped()
-        for each in removals:
-            dropped = dropped.plus((each.part, each.block))
-        return dropped
-
-    def plus(self, droppable: Droppable) -> Dropped:
-        """Return what is gone when another one goes; with a block its attention is."""
-        part, block = droppable
-        blocks, attentions = set(self.blocks), set(self.attentions)
-        (blocks if part == "blocks" else attentions).add(block)
-        return Dropped(tuple(sorted(blocks)), tuple(sorted(attentions - blocks)))
+    def of(part: WholePart, blocks: Iterable[int]) -> Dropped:
+        """Return what is gone if blocks go, or their attention layers."""
+        chosen = tuple(sorted(blocks))
+        return Dropped(chosen) if part == "blocks" else Dropped((), chosen)
 
     @property
     def in_words(self) -> str:
@@ -133,65 +124,45 @@ def kept_by(source: WeightSource, keep: Sequence[str]) -> Kept:
 
 @dataclass(frozen=True)
 class DropSizes:
-    """The parameters of everything that may be dropped, by its block."""
+    """The parameters of every block that may be dropped, or of every attention layer."""
 
-    block_of: Mapping[int, int]  # with their attention layers; empty where blocks may not go
-    attention_of: Mapping[int, int]  # empty where attention layers may not go by themselves
-    total: int  # of all blocks, or of all attention layers where blocks may not go
-    some_stay: bool = False  # whether some of these were told to
-    attentions_stay: bool = False
+    part: WholePart
+    size_of: Mapping[int, int]  # by block; those of blocks with their attention layers
+    total: int  # of all, also of those that were told to stay
+    some_stay: bool  # whether some were told to
 
     @staticmethod
-    def of(source: WeightSource, parts: Sequence[WholePart], keep: Sequence[str] = ()) -> DropSizes:
-        """Return the sizes of blocks, attention layers, or both, but for what is to stay."""
-        blocks = dict(enumerate(parameters_of_blocks(source))) if "blocks" in parts else {}
-        attentions = parameters_of_attentions(source) if "attention" in parts else {}
+    def of(source: WeightSource, part: WholePart, keep: Sequence[str] = ()) -> DropSizes:
+        """Return the sizes of blocks, or attention layers, but for what is to stay."""
         kept = kept_by(source, keep)
-        block_of = {each: size for each, size in blocks.items() if each not in kept.blocks}
-        attention_of = {b: size for b, size in attentions.items() if b not in kept.attentions}
-        total = sum((blocks or attentions).values())
-        attentions_stay = len(attention_of) < len(attentions)
-        some_stay = len(block_of) < len(blocks) if blocks else attentions_stay
-        return DropSizes(block_of, attention_of, total, some_stay, attentions_stay)
-
-    @property
-    def of_one(self) -> Mapping[int, int]:
-        """Those of blocks, or of attention layers where blocks may not go."""
-        return self.block_of or self.attention_of
+        every, stay = parameters_of_attentions(source), kept.attentions
+        if part == "blocks":
+            every, stay = dict(enumerate(parameters_of_blocks(source))), kept.blocks
+        size_of = {block: size for block, size in every.items() if block not in stay}
+        return DropSizes(part, size_of, sum(every.values()), len(size_of) < len(every))
 
     @property
     def most(self) -> int:
         """The parameters of all that may go but the smallest, which stays where no other does."""
-        smallest = 0 if self.some_stay else min(self.of_one.values(), default=0)
-        return sum(self.of_one.values()) - smallest
+        smallest = 0 if self.some_stay else min(self.size_of.values(), default=0)
+        return sum(self.size_of.values()) - smallest
 
-    def droppable(self, dropped: Dropped) -> list[Droppable]:
-        """Return what may go next, in a definite order."""
-        attentions = self.attention_of.keys() - {*dropped.blocks, *dropped.attentions}
-        blocks = self.block_of.keys() - {*dropped.blocks}
-        return [
-            *(("attention", block) for block in sorted(attentions)),
-            *(("blocks", block) for block in sorted(blocks)),
-        ]
+    def left(self, gone: Collection[int]) -> set[int]:
+        """Return what may go next: where no other stays, the last does."""
+        left = self.size_of.keys() - {*gone}
+        return left if self.some_stay or len(left) > 1 else set()
 
-    def leaves_some(self, dropped: Dropped) -> bool:
-        """Return whether a block stays, and an attention where these may go by themselves."""
-        staying = self.attention_of.keys() - {*dropped.blocks, *dropped.attentions}
-        has_block = self.some_stay or len(dropped.blocks) < len(self.block_of)
-        has_attention = self.attentions_stay or bool(staying)
-        return (has_block or not self.block_of) and (has_attention or not self.attention_of)
-
-    def parameters(self, dropped: Dropped) -> int:
-        """Return how many parameters go with blocks and attention layers."""
-        blocks = sum(self.block_of[block] for block in dropped.blocks)
-        return blocks + sum(self.attention_of[block] for block in dropped.attentions)
-
-    def parameters_with(self, dropped: Dropped, droppable: Droppable) -> int:
-        """Return how many more parameters go if another one does."""
-        return self.parameters(dropped.plus(droppable)) - self.parameters(dropped)
+    def parameters(self, gone: Iterable[int]) -> int:
+        """Return how many parameters go with some."""
+        return sum(self.size_of[block] for block in gone)
 
 
 def parameters_dropped(source: WeightSource, dropped: Dropped) -> int:
     """Return how many parameters go with blocks and attention layers of a model."""
-    behind = parameters_behind_blocks(source) if dropped.blocks else 0
-    return behind + (DropSizes.of(source, WHOLE_PARTS).parameters(dropped) if dropped else 0)
+    gone = 0
+    if dropped.blocks:
+        gone += parameters_behind_blocks(source)
+        gone += DropSizes.of(source, "blocks").parameters(dropped.blocks)
+    if dropped.attentions:
+        gone += DropSizes.of(source, "attention").parameters(dropped.attentions)
+    return gone

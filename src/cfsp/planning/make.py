@@ -210,13 +210,12 @@ class Planner:
         """Return what a plan says of how it was chosen; of removal only where something may."""
         budget = self.budget
         parts = [part for part in budget.parts if part in candidate.parts or part not in UNIT_PARTS]
-        removal = DIVERGENCE if self.statistics.has_order_of(budget.whole_parts) else RUNS
+        removal = DIVERGENCE if self.statistics.removals_of(budget.whole_part) else RUNS
         return {
             **asdict(self.criterion),
             "clamp": self.criterion.clamp,
-            **({"removal": removal} if budget.whole_parts else {}),
+            **({"removal": removal} if budget.whole_part else {}),
             "sparsity": candidate.sparsity,
-            # An attention is a part of its block, which comes last.
             "of": "ffn" if candidate.parts else budget.parts[-1],
             # Of which all new FFN widths are multiples.
             "multiple": math.gcd(*size.of_parts(("ffn",)).multiple_U) or 1,

@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from cfsp.architecture.block_names import counted
-from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.pruned_config import check_attentions_can_go_alone
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.stored_blocks import parameters_of_an_expert
@@ -27,98 +26,87 @@ from cfsp.planning.allocation import (
     check_multiple,
     least_in_words,
 )
-from cfsp.planning.candidate import (
-    NOTHING,
-    Droppable,
-    Dropped,
-    DropSizes,
-    parameters_dropped,
-)
+from cfsp.planning.candidate import Dropped, DropSizes, parameters_dropped
 from cfsp.planning.importance import experts_to_remove
 from cfsp.planning.make import Planner, model_size, parameters_of_channels
-from cfsp.settings import PART_NOUNS, Budget, Part, WholePart
+from cfsp.settings import PART_NOUNS, Budget, Part
 
 
 @dataclass(frozen=True)
 class DropBudget:
-    """When enough blocks or attention layers are dropped."""
+    """When enough blocks, or attention layers, are dropped."""
 
-    parts: tuple[WholePart, ...]  # that may go
     sizes: DropSizes
-    parameters: float  # that go, to within half of what goes
-    count: int | None = None  # of the one part; None where `parameters` says it
+    wanted: float  # the parameters that go, to within half of what goes
+    count: int | None = None  # that go; None where `wanted` says it
     at_most: bool = False  # whether less will do: channels beside give the rest
 
     @staticmethod
     def of_count(source: WeightSource, budget: Budget, count: int) -> DropBudget:
         """Return the budget by which so many blocks, or attention layers, go."""
-        (part,), sizes = budget.whole_parts, DropSizes.of(source, budget.whole_parts, budget.keep)
-        most = len(sizes.of_one) - (not sizes.some_stay)
+        sizes = _sizes(source, budget)
+        most = len(sizes.size_of) - (not sizes.some_stay)
         if count > most:
-            raise _too_many(sizes, counted(count, PART_NOUNS[part]), str(most))
-        return DropBudget((part,), sizes, 0.0, count)
+            raise _too_many(sizes, counted(count, PART_NOUNS[sizes.part]), str(most))
+        return DropBudget(sizes, 0.0, count)
 
     @staticmethod
     def of_share(
         source: WeightSource, budget: Budget, share: float, *, of_model: bool = False
     ) -> DropBudget:
         """Return the budget by which a share goes of all that may go, or of the whole model."""
-        parts = budget.whole_parts
-        sizes = DropSizes.of(source, parts, budget.keep)
+        sizes = _sizes(source, budget)
         total = source.parameter_count if of_model else sizes.total
-        if share * total > sizes.most + min(sizes.of_one.values(), default=0) / 2:
-            whose = "model's" if of_model else "block" if "blocks" in parts else "attention"
+        if share * total > sizes.most + min(sizes.size_of.values(), default=0) / 2:
+            whose = "model's" if of_model else sizes.part.removesuffix("s")
             what = f"{share:.1%} of the {whose} parameters"
             raise _too_many(sizes, what, f"{sizes.most / total:.1%}")
-        return DropBudget(parts, sizes, share * total)
+        return DropBudget(sizes, share * total)
 
-    def has_room_for(self, dropped: Dropped, droppable: Droppable) -> bool:
-        """Return whether dropping another one comes closer to the budget."""
-        after = dropped.plus(droppable)
-        if not self.sizes.leaves_some(after):
-            return False
+    def room(self, gone: Collection[int]) -> set[int]:
+        """Return what may go next and comes closer to the budget."""
+        left = self.sizes.left(gone)
         if self.count is not None:
-            return len(after) <= self.count
-        missing = self.parameters - self.sizes.parameters(dropped)
-        return self.sizes.parameters_with(dropped, droppable) <= 2 * missing
+            return left if len(gone) < self.count else set()
+        missing = self._missing(gone)
+        return {block for block in left if self.sizes.size_of[block] <= 2 * missing}
 
-    def is_met_by(self, dropped: Dropped) -> bool:
+    def is_met_by(self, gone: Collection[int]) -> bool:
         """Return whether dropping another one of the largest would not come closer."""
         if self.count is not None:
-            return len(dropped) >= self.count
-        sizes = [
-            self.sizes.parameters_with(dropped, droppable)
-            for droppable in self.sizes.droppable(dropped)
-            if self.sizes.leaves_some(dropped.plus(droppable))
-        ]
-        return not sizes or self.parameters - self.sizes.parameters(dropped) < max(sizes) / 2
+            return len(gone) >= self.count
+        sizes = [self.sizes.size_of[block] for block in self.sizes.left(gone)]
+        return not sizes or self._missing(gone) < max(sizes) / 2
 
-    def first(self, order: Iterable[Removal]) -> list[Removal] | None:
-        """Return what is taken of an order; None if the order is too short."""
-        taken = self.taken(order)
-        return taken if self.is_met_by(Dropped.of(taken)) else None
+    def _missing(self, gone: Collection[int]) -> float:
+        return self.wanted - self.sizes.parameters(gone)
 
-    def taken(self, order: Iterable[Removal]) -> list[Removal]:
-        """Return those of an order that may go and come closer to the budget, each in its turn."""
-        dropped, taken = NOTHING, []
-        for each in order:
-            droppable = each.part, each.block
-            # Of statistics it may be of what was not told to stay then.
-            may_go = droppable in self.sizes.droppable(dropped)
-            if may_go and self.has_room_for(dropped, droppable):
-                taken.append(each)
-                dropped = dropped.plus(droppable)
+    def taken(self, order: Iterable[int]) -> list[int]:
+        """Return those of an order that may go and come closer to the budget, each in its turn.
+
+        The order of statistics may have what was not told to stay then.
+        """
+        taken: list[int] = []
+        for block in order:
+            if block in self.room(taken):
+                taken.append(block)
         return taken
 
-    def of_blocks(self, blocks: Sequence[int]) -> Dropped:
-        """Return blocks of the one part as those that go, or as those whose attention layers do."""
-        chosen = tuple(blocks)
-        return Dropped(chosen) if "blocks" in self.parts else Dropped((), chosen)
+    def dropped(self, gone: Iterable[int]) -> Dropped:
+        """Return blocks as those that go, or as those whose attention layers do."""
+        return Dropped.of(self.sizes.part, gone)
+
+
+def _sizes(source: WeightSource, budget: Budget) -> DropSizes:
+    assert budget.whole_part is not None
+    return DropSizes.of(source, budget.whole_part, budget.keep)
 
 
 def _too_many(sizes: DropSizes, what: str, most: str) -> BudgetError:
-    noun = PART_NOUNS["blocks" if sizes.block_of else "attention"]
-    stay = "what --keep names" if sizes.some_stay else f"at least one of {len(sizes.of_one)} {noun}"
+    noun = PART_NOUNS[sizes.part]
+    stay = (
+        "what --keep names" if sizes.some_stay else f"at least one of {len(sizes.size_of)} {noun}"
+    )
     return BudgetError(
         f"cannot remove {what}: {stay} must stay; between 0 and {most} can be removed"
     )
@@ -176,10 +164,10 @@ class Constraint(ABC):
         source, budget = self.source, self.budget
         if budget.channel_parts:
             check_multiple(budget, model_size(source, budget))
-        if not budget.whole_parts:
+        if budget.whole_part is None:
             return
-        goes = not self.to_drop().is_met_by(NOTHING)
-        if goes and "attention" in budget.parts and not budget.channel_parts:
+        goes = not self.to_drop().is_met_by(())
+        if goes and budget.whole_part == "attention":
             check_attentions_can_go_alone(source.config, source.architecture)
 
     def to_drop(self) -> DropBudget:
@@ -252,7 +240,7 @@ class Parameters(Constraint):
             self.experts()
         if self.budget.compares and self._to_go > self._most:
             raise self.too_much()
-        if self.budget.whole_parts or not self.budget.channel_parts:
+        if self.budget.whole_part or not self.budget.channel_parts:
             return
         size = model_size(self.source, self.budget).of_parts(self.budget.parts)
         total, each = size.cost_of(size.width_U), size.parameters_per_cost
@@ -264,15 +252,11 @@ class Parameters(Constraint):
         )
 
     def to_drop(self) -> DropBudget:
-        """Return as much; beside channels, which give the rest, at most half of the attention."""
-        budget, parts = self.budget, self.budget.whole_parts
-        if not budget.channel_parts:
-            return DropBudget.of_share(self.source, budget, self.share_of_all, of_model=True)
-        if "blocks" in parts:
-            sizes = DropSizes.of(self.source, parts, budget.keep)
-            return DropBudget(parts, sizes, min(self._to_go, sizes.most), at_most=True)
-        alone = super().to_drop()
-        return replace(alone, parameters=min(alone.parameters, self._to_go))
+        """Return as much; beside channels, which give the rest, no more than may go."""
+        if not self.budget.compares:
+            return DropBudget.of_share(self.source, self.budget, self.share_of_all, of_model=True)
+        sizes = _sizes(self.source, self.budget)
+        return DropBudget(sizes, min(self._to_go, sizes.most), at_most=True)
 
     def experts(self) -> int:
         """Return the number that is nearest."""
@@ -308,27 +292,22 @@ class Parameters(Constraint):
 
     @property
     def _most(self) -> int:
-        """More than can go: all that may go whole, and all channels of the rest that may go."""
-        budget = self.budget
-        sizes = DropSizes.of(self.source, budget.whole_parts, budget.keep)
-        units = model_size(self.source, budget).units
-        # Of each block as long as it stays: its attention, and channels.
-        of_staying = Counter(sizes.attention_of)
+        """More than can go: all blocks that may, and all channels of the others that may go."""
+        sizes, of_staying = _sizes(self.source, self.budget), Counter[int]()
+        units = model_size(self.source, self.budget).units
         for unit, size in zip(self.source.units, units, strict=True):
-            goes_whole = unit.part == "kv" and unit.block in sizes.attention_of
-            if unit.part in budget.channel_parts and not (size.stays or goes_whole):
+            if unit.part in self.budget.channel_parts and not size.stays:
                 of_staying[unit.block] += size.width * size.channel_parameters
-        most = sum({**of_staying, **sizes.block_of}.values())
-        if sizes.some_stay or not sizes.block_of:
+        most = sum({**of_staying, **sizes.size_of}.values())
+        if sizes.some_stay:
             return most
-        return most - min(size - of_staying[each] for each, size in sizes.block_of.items())
+        return most - min(size - of_staying[each] for each, size in sizes.size_of.items())
 
 
 def half_dropped(source: WeightSource, budget: Budget) -> DropBudget:
     """Return as much of the blocks, or attention layers, as is ever dropped beside others."""
-    sizes = DropSizes.of(source, budget.whole_parts, budget.keep)
-    most = min(MOST_DROPPED * sizes.total, sizes.most)
-    return DropBudget(budget.whole_parts, sizes, most, at_most=True)
+    sizes = _sizes(source, budget)
+    return DropBudget(sizes, min(MOST_DROPPED * sizes.total, sizes.most), at_most=True)
 
 
 def _experts_of(source: WeightSource) -> int:

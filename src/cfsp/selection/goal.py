@@ -14,12 +14,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from cfsp.calibration.statistics import Removal
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import longest_input_of, text_config_of
 from cfsp.errors import BudgetError
 from cfsp.job import Job
-from cfsp.planning.candidate import NOTHING, Candidate, Dropped, kept_by
+from cfsp.planning.candidate import Candidate, Dropped, kept_by
 from cfsp.planning.make import Planner, model_size
 from cfsp.quality.perplexity import loss_in_memory
 from cfsp.selection.constraint import (
@@ -119,13 +118,13 @@ def _obstacle(job: Job, asked: Parameters) -> str:
         return "there is no memory for a pruned model beside the dense one"
     too_few = "the model cannot do without enough of them"
     wanted = _with_blocks(asked).to_drop()
-    blocks = sorted(wanted.sizes.block_of)
+    blocks = sorted(wanted.sizes.size_of)
     # As many as may go; the first stays where no other is told to. None of one block.
     order = blocks if wanted.sizes.some_stay and len(blocks) > 1 else blocks[1:]
-    gone = wanted.first([Removal(block, 0.0) for block in order])
-    if not gone:
+    gone = wanted.taken(order)
+    if not (gone and wanted.is_met_by(gone)):
         return too_few
-    both = (Dropped((blocks[-1],)), Dropped.of(gone))
+    both = (Dropped((blocks[-1],)), wanted.dropped(gone))
     return "" if all(can_go(job.source, some) for some in both) else too_few
 
 
@@ -150,7 +149,7 @@ class CacheFraction(Constraint):
     @property
     def needs_statistics(self) -> bool:
         """Whether what goes follows from a plan alone."""
-        return not self._is_arithmetic or len(self.budget.parts) > 1
+        return not self._is_arithmetic
 
     @cached_property
     def context(self) -> int:
@@ -202,28 +201,22 @@ class CacheFraction(Constraint):
 
     def check(self) -> None:
         """Check that so little can stay."""
-        parts, widths = self.budget.parts, sorted(filter(None, self.groups_U))
-        named, instead = " and what --keep names stays" if self.budget.keep else "", ""
-        if parts == ("attention",) and not self._is_even:
+        widths, instead = sorted(filter(None, self.groups_U)), ""
+        if self.budget.whole_part and not self._is_even:
             raise BudgetError(
                 "attention layers of this model cache unequally (sliding windows), so how many "
-                "have to go depends on which; give --parts kv,attention, found --parts attention"
+                "have to go depends on which; give --parts kv, found --parts attention"
             )
-        if parts == ("attention",):
+        if self.budget.whole_part:
             least = max(widths) * max(self.cached_U)
             who = f"at least {max(widths)} of the KV groups stay"
-        elif "attention" in parts:
-            largest = sorted(
-                zip(self.cached_U, self.source.units, strict=True), key=lambda each: -each[0]
-            )
-            order = [Removal(unit.block, 0.0, "attention") for cached, unit in largest if cached]
-            least = self.size(self._least_U(Dropped.of(self.to_drop().taken(order))))
-            who = f"half of the attention layers keep one of their KV groups{named}"
         else:
-            least = self.size(self._least_U(NOTHING))
+            named = " and what --keep names stays" if self.budget.keep else ""
+            least = self.size(self._least_U())
             who = f"each of the {len(widths)} attention layers keeps one of its KV groups{named}"
-            if len(kept_by(self.source, self.budget.keep).attentions) < len(widths):
-                instead = "; whole attention layers go too with --parts kv,attention"
+            kept = kept_by(self.source, self.budget.keep).attentions
+            if self._is_even and len(kept) < len(widths):
+                instead = "; whole attention layers go with --parts attention"
         if self.stay < least:
             raise BudgetError(
                 f"{who}, so --target-kv-cache must be at least "
@@ -235,9 +228,7 @@ class CacheFraction(Constraint):
         super().check()
 
     def to_drop(self) -> DropBudget:
-        """Return how many attention layers are enough, whichever go; beside groups half of them."""
-        if len(self.budget.parts) > 1:
-            return super().to_drop()
+        """Return how many attention layers are enough, whichever go."""
         # Enough whichever go: as if they were those with the fewest groups.
         widths = sorted(filter(None, self.groups_U))
         most = self.stay / max(self.cached_U)
@@ -246,35 +237,28 @@ class CacheFraction(Constraint):
 
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
         """Return the least share of the KV groups that is enough."""
-        pairs = zip(self.source.units, self.groups_U, strict=True)
-        left_U = [0 if dropped.takes(unit) else groups for unit, groups in pairs]
-        least_U = self._least_U(dropped)
-        if self.size(least_U) > self.stay:
-            return None
-        if self.size(left_U) <= self.stay:  # what goes whole may be enough
+        if self.size(self.groups_U) <= self.stay:
             return 0.0
         if self._is_arithmetic:
             # Rounded, so that a half that stays is a half that goes.
-            return round(1 - self.stay / self.size(left_U), 12)
+            return round(1 - self.stay / self.size(self.groups_U), 12)
 
-        may_go = sum(left_U) - sum(least_U)
-        size = model_size(self.source, self.budget, dropped).of_parts(("kv",))
+        may_go = sum(self.groups_U) - sum(self._least_U())
+        size = model_size(self.source, self.budget).of_parts(("kv",))
         most = 1 - size.cost_of(size.least_U) / size.cost_of(size.width_U)
 
         def is_enough(gone: int) -> bool:
-            candidate = Candidate(dropped, 0, ("kv",), most * gone / may_go)
+            candidate = Candidate(parts=("kv",), sparsity=most * gone / may_go)
             return self.size(planner.widths(candidate).kept_U) <= self.stay
 
         return most * (bisect_left(range(1, may_go + 1), True, key=is_enough) + 1) / may_go
 
-    def _least_U(self, dropped: Dropped) -> list[int]:
-        """Return how many KV groups of every unit stay at least beside what goes whole."""
+    def _least_U(self) -> list[int]:
+        """Return how many KV groups of every unit stay at least."""
         kept = kept_by(self.source, self.budget.keep).units
         return [
-            0 if dropped.takes(unit) else groups if index in kept else min(1, groups)
-            for index, (unit, groups) in enumerate(
-                zip(self.source.units, self.groups_U, strict=True)
-            )
+            groups if index in kept else min(1, groups)
+            for index, groups in enumerate(self.groups_U)
         ]
 
     def facts(self) -> dict[str, Any]:
@@ -299,8 +283,7 @@ class LossIncrease(Constraint):
     def check(self) -> None:
         """Check that channels can go; whether the loss stays within is measured later."""
         super().check()
-        if not self.budget.whole_parts:
-            highest_step(model_size(self.source, self.budget).of_parts(self.budget.parts))
+        highest_step(model_size(self.source, self.budget).of_parts(self.budget.parts))
 
     def share(self, planner: Planner, parts: Sequence[Part], dropped: Dropped) -> float | None:
         """Return the largest share whose loss fits."""

@@ -27,7 +27,7 @@ from cfsp.checkpoint.reading import LoadedModel
 from cfsp.cut.surgery import build_pruned_model
 from cfsp.errors import BudgetError
 from cfsp.job import Job
-from cfsp.planning.candidate import Candidate, Dropped
+from cfsp.planning.candidate import NOTHING, Candidate, Dropped
 from cfsp.planning.make import Planner
 from cfsp.progress import item_progress
 from cfsp.repair.ladder import repair
@@ -41,7 +41,7 @@ from cfsp.selection.divergence import (
     in_batches,
     load_whole,
 )
-from cfsp.selection.drop_order import dropped_by
+from cfsp.selection.drop_order import gone_by
 from cfsp.settings import Part
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.windows import Windows, few_windows, joined
@@ -132,17 +132,17 @@ def only_candidate(constraint: Constraint, planner: Planner) -> Candidate | None
     if "experts" in budget.parts:
         experts = constraint.source.architecture.experts
         assert isinstance(constraint, Share | Parameters) and experts is not None
-        gone = constraint.experts()
-        return Candidate(experts=gone, sparsity=budget.sparsity or gone / experts.count)
-    if not budget.whole_parts:
-        share = constraint.share(planner, budget.channel_parts, Dropped())
+        count = constraint.experts()
+        return Candidate(experts=count, sparsity=budget.sparsity or count / experts.count)
+    if budget.whole_part is None:
+        share = constraint.share(planner, budget.channel_parts, NOTHING)
         if share is None:
             raise constraint.too_much()
         return Candidate(parts=budget.channel_parts, sparsity=share)
     wanted = constraint.to_drop()
-    dropped = dropped_by(planner.source, planner.statistics, wanted)
-    share = wanted.sizes.parameters(dropped) / wanted.sizes.total
-    return Candidate(dropped, sparsity=budget.sparsity or share)
+    gone = gone_by(planner.source, planner.statistics, wanted)
+    share = wanted.sizes.parameters(gone) / wanted.sizes.total
+    return Candidate(wanted.dropped(gone), sparsity=budget.sparsity or share)
 
 
 def select(job: Job, constraint: Constraint, statistics: Statistics) -> tuple[Planner, Candidate]:
@@ -154,7 +154,8 @@ def select(job: Job, constraint: Constraint, statistics: Statistics) -> tuple[Pl
     planner = Planner.of(job.source, statistics, job.budget, job.criterion)
     if only := only_candidate(constraint, planner):
         return planner, only
-    order = constraint.to_drop().taken(statistics.removals_of(job.budget.whole_parts))
+    known = {each.block: each for each in statistics.removals_of("blocks")}
+    order = [known[block] for block in constraint.to_drop().taken(known)]
     name = f"scored-{'-'.join(job.budget.parts)}-{job.draw().digest[:8]}"
 
     repairs = can_be_repaired(job)
@@ -198,7 +199,7 @@ def _all_masked(
         for parts in choices:
 
             def scored(count: int, parts: tuple[Part, ...] = parts) -> Scored | None:
-                dropped = Dropped.of(order[:count])
+                dropped = Dropped.of("blocks", (each.block for each in order[:count]))
                 try:
                     share = constraint.share(planner, parts, dropped)
                     if share is None:

@@ -134,12 +134,12 @@ class Speedup(Constraint):
     @cached_property
     def _fewest(self) -> int:
         """How many blocks are enough; asked often, predicted and noted once."""
-        sizes = DropSizes.of(self.source, ("blocks",), self.budget.keep)
-        may_go = sorted(sizes.block_of)
+        sizes = DropSizes.of(self.source, "blocks", self.budget.keep)
+        may_go = sorted(sizes.size_of)
         for count in range(1, len(may_go) + sizes.some_stay):
             dropped = Dropped(tuple(may_go[:count]))
             kept_U = [0 if dropped.takes(unit) else unit.width for unit in self.source.units]
-            share = sizes.parameters(dropped) / sizes.total
+            share = sizes.parameters(dropped.blocks) / sizes.total
             if self._is_fast(Candidate(dropped, sparsity=share), kept_U):
                 return count
         raise self.too_much()
@@ -203,8 +203,8 @@ class Speedup(Constraint):
         source, keep = self.source, self.budget.keep
         units = model_size(source, self.budget).units
         least_U = [unit.least if unit.part in parts else unit.width for unit in units]
-        sizes = DropSizes.of(source, ("blocks",), keep)
-        gone = sorted(sizes.block_of)[not sizes.some_stay :] if "blocks" in parts else ()
+        sizes = DropSizes.of(source, "blocks", keep)
+        gone = sorted(sizes.size_of)[not sizes.some_stay :] if "blocks" in parts else ()
         return times_faster(self.latencies["curves"], self.source, least_U, Dropped(tuple(gone)))
 
 

@@ -39,6 +39,8 @@ DEFAULT_PARTS: tuple[Part, ...] = ("ffn",)
 # Those that go whole or stay, one by one.
 WholePart = Literal["attention", "blocks"]
 WHOLE_PARTS: tuple[WholePart, ...] = get_args(WholePart)
+# Those that share no target with others.
+_ALONE: tuple[Part, ...] = ("attention", "experts")
 # Those of which a number may be said instead of a share.
 COUNTED: tuple[Part, ...] = ("attention", "blocks", "experts")
 
@@ -67,7 +69,7 @@ class TargetParameters(Declared):
 
 @dataclass(frozen=True)
 class TargetKVCache(Declared):
-    """The goal to keep a fraction of the KV cache, by KV groups, attention layers, or both.
+    """The goal to keep a fraction of the KV cache, by KV groups or attention layers.
 
     Attributes:
         fraction: of the cache of the longest context that stays at most, in (0, 1].
@@ -75,8 +77,8 @@ class TargetKVCache(Declared):
 
     fraction: float = _kept_fraction(
         1.0,
-        "fraction of the KV cache that stays; KV groups go, with --parts attention or "
-        "kv,attention whole attention layers, and nothing else",
+        "fraction of the KV cache that stays; KV groups go, with --parts attention whole "
+        "attention layers, and nothing else",
         flag="target-kv-cache",
         advanced=True,
     )
@@ -142,7 +144,7 @@ _MET_BY: dict[type[Goal], tuple[tuple[Part, ...], str]] = {
     TargetParameters: (PARTS, ""),
     TargetKVCache: (
         ("kv", "attention"),
-        "removes KV groups (the default), whole attention layers or both, and nothing else",
+        "removes KV groups (the default) or whole attention layers, and nothing else",
     ),
     TargetSpeedup: (
         ("ffn", "blocks"),
@@ -214,8 +216,8 @@ class Budget(Declared):
     )
     parts: tuple[Part, ...] = option(
         DEFAULT_PARTS,
-        "what may go: ffn (channels), kv (KV groups), attention (layers), blocks, experts; several "
-        "share one target",
+        "what may go: ffn (channels), kv (KV groups), blocks, or several of these for one target; "
+        "attention (layers) or experts alone",
         kind=names_in,
         metavar="KIND,...",
         default="ffn",
@@ -246,10 +248,11 @@ class Budget(Declared):
         if not given:
             raise UsageError(f"--parts must name what may go: {', '.join(PARTS)}")
         object.__setattr__(self, "parts", tuple(part for part in PARTS if part in given))
-        if "experts" in self.parts and len(self.parts) > 1:
+        alone = next((part for part in _ALONE if part in self.parts), None)
+        if alone is not None and len(self.parts) > 1:
             raise UsageError(
-                "whole experts go alone, found --parts "
-                f"{','.join(self.parts)}: give --parts experts, then prune the result again"
+                f"whole {PART_NOUNS[alone]} go alone, found --parts {','.join(self.parts)}: give "
+                f"--parts {alone}, then prune the result again"
             )
         keep = () if self.keep is None else _names(self.keep)
         object.__setattr__(self, "keep", tuple(map(str, keep)))
@@ -292,17 +295,18 @@ class Budget(Declared):
             return replace(self, parts=("kv",))
         if flag not in targets:
             parts, why = _MET_BY[type(goal)]
+            together = [part for part in parts if part not in _ALONE]
             targets += ["--sparsity"] if len(self.parts) == 1 else []
             raise UsageError(
                 f"{flag} {why}; found --parts {','.join(self.parts)}: name of "
-                f"{', '.join(parts)} alone, or give {' or '.join(targets)}"
+                f"{', '.join(together)} alone, or give {' or '.join(targets)}"
             )
         return self
 
     @property
-    def whole_parts(self) -> tuple[WholePart, ...]:
-        """What may go whole, one by one; none where nothing may."""
-        return tuple(part for part in WHOLE_PARTS if part in self.parts)
+    def whole_part(self) -> WholePart | None:
+        """What may go whole, one by one; None where nothing may."""
+        return next((part for part in WHOLE_PARTS if part in self.parts), None)
 
     @property
     def channel_parts(self) -> tuple[Part, ...]:
@@ -311,8 +315,8 @@ class Budget(Declared):
 
     @property
     def compares(self) -> bool:
-        """Whether several plans meet a target: whole parts go beside channels."""
-        return bool(self.whole_parts and self.channel_parts)
+        """Whether several plans meet a target: blocks go beside channels."""
+        return bool(self.whole_part and self.channel_parts)
 
     def multiple_for(self, width_L: Sequence[int]) -> int:
         """Return the multiple that the widths of a model's FFNs of one kind are rounded to."""
