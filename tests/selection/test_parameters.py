@@ -69,6 +69,12 @@ def test_channels_go_alone_where_no_block_can(name, config):
         assert parts_of(source, stays_without(source, share)) == ("ffn",)
 
 
+def test_blocks_are_tried_where_one_can_go():
+    """The last block of the model has its only attention, and its class no cache without one."""
+    source = LoadedModel(tiny_model("jamba"))
+    assert parts_of(source, stays_without(source, 0.6)) == ("ffn", "blocks")
+
+
 def test_blocks_that_stay_let_all_others_go(source):
     """Of three blocks the first stays: a third of the parameters is more than one block."""
     kept = replace(OPEN.budget, keep=("0",))

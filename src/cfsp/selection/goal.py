@@ -99,37 +99,28 @@ def _parts_for(job: Job, asked: Parameters) -> tuple[Part, ...]:
     share = gone / may_go if may_go else math.inf
     if share < MANY_CHANNELS:
         return DEFAULT_PARTS
+    parts: tuple[Part, ...] = (*DEFAULT_PARTS, "blocks")
+    with_blocks = replace(asked, budget=replace(asked.budget, parts=parts))
     channels = "FFN channels that may go" if job.budget.keep else "FFN channels"
     if share < 1:
         would = f"{share:.0%} of the {channels} would go alone"
     else:
         would = f"all {channels} would not be enough"
-        _with_blocks(asked).check()  # nor may blocks beside them be
-    if obstacle := _obstacle(job, asked):
+        with_blocks.check()  # nor may blocks beside them be
+    if obstacle := _obstacle(job, with_blocks.to_drop()):
         log.info("%s, and %s: whole blocks are not tried beside them", would, obstacle)
         return DEFAULT_PARTS
     log.info("%s: whole blocks are tried beside them; --parts ffn does without", would)
-    return (*DEFAULT_PARTS, "blocks")
+    return parts
 
 
-def _obstacle(job: Job, asked: Parameters) -> str:
+def _obstacle(job: Job, wanted: DropBudget) -> str:
     """Return why it cannot be tried how many blocks go; nothing if it can."""
     if not job.fits(2):
         return "there is no memory for a pruned model beside the dense one"
-    too_few = "the model cannot do without enough of them"
-    wanted = _with_blocks(asked).to_drop()
-    blocks = sorted(wanted.sizes.size_of)
-    # As many as may go; the first stays where no other is told to. None of one block.
-    order = blocks if wanted.sizes.some_stay and len(blocks) > 1 else blocks[1:]
-    gone = wanted.taken(order)
-    if not (gone and wanted.is_met_by(gone)):
-        return too_few
-    both = (Dropped((blocks[-1],)), wanted.dropped(gone))
-    return "" if all(can_go(job.source, some) for some in both) else too_few
-
-
-def _with_blocks(asked: Parameters) -> Parameters:
-    return replace(asked, budget=replace(asked.budget, parts=(*DEFAULT_PARTS, "blocks")))
+    if any(can_go(job.source, wanted.dropped([block])) for block in sorted(wanted.room(()))):
+        return ""
+    return "the model cannot do without any block"
 
 
 @dataclass(frozen=True)
