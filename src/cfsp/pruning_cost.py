@@ -22,11 +22,12 @@ from cfsp.architecture.model_classes import model_class_of
 from cfsp.checkpoint.reading import WeightSource
 from cfsp.checkpoint.stored_blocks import parameters_of_blocks
 from cfsp.checkpoint.text_config import text_config_of, vocabulary_of
-from cfsp.planning.candidate import DropSizes
+from cfsp.planning.allocation import allocate
 from cfsp.planning.importance import COARSE_WINDOWS
-from cfsp.planning.make import parameters_of_channels
+from cfsp.planning.make import model_size, parameters_of_channels
 from cfsp.repair.ridge_pass import gram_bytes
 from cfsp.result.tables import human_bytes, human_count
+from cfsp.selection.constraint import Share
 from cfsp.selection.divergence import (
     BEGINNING_TOKENS,
     LEAST_WINDOWS,
@@ -66,7 +67,7 @@ class PruningCost:
     disk_bytes: int  # beside the output and into it, at most
     disk_available: int
     parameters_before: int
-    parameters_after: int  # before widths are rounded to multiples
+    parameters_after: int  # to within a multiple
     weight_bytes_after: int
     flop: float | None  # of all matrix products; None where experts see some of the tokens
     seconds: float | None  # of these, at the speed of this machine: the run takes longer
@@ -211,24 +212,22 @@ def say_doubts(found: Iterable[str]) -> None:
 
 
 def size_after(source: WeightSource, settings: PruneSettings) -> tuple[int, int] | None:
-    """Return parameters and bytes that are left, before rounding; None if only the work says."""
+    """Return parameters and bytes that are left, to within a multiple; None if only the work says.
+
+    Of blocks of several sizes it is as if the first went.
+    """
     before, budget, goal = source.parameter_count, settings.budget, settings.goal
     if isinstance(goal, TargetParameters):
         after = round(before * goal.fraction)
-    elif goal is None and (budget.sparsity or budget.remove) and "experts" not in budget.parts:
-        after = before - round(_parameters_to_go(source, budget))
-    else:
+    elif goal or not (budget.sparsity or budget.remove) or "experts" in budget.parts:
         return None
+    elif budget.whole_part:
+        wanted = Share(source, budget).to_drop()
+        after = before - wanted.sizes.parameters(wanted.taken(wanted.sizes.size_of))
+    else:
+        size = model_size(source, budget)
+        after = size.parameters_with(allocate([1.0] * len(size.units), budget, size))
     return after, round(source.nbytes * after / before)
-
-
-def _parameters_to_go(source: WeightSource, budget: Budget) -> float:
-    """Return how many parameters go with a share, or a number, of one part."""
-    if budget.whole_part:
-        sizes = DropSizes.of(source, budget.whole_part)
-        numbered = min(1.0, (budget.remove or 0) / len(sizes.size_of))
-        return (budget.sparsity or numbered) * sizes.total
-    return budget.sparsity * parameters_of_channels(source, budget.channel_parts)
 
 
 def doubts(
@@ -240,7 +239,7 @@ def doubts(
     """
     budget, asked, every = settings.budget, settings.budget.sparsity, source.parameter_count
     if settings.goal is None and "ffn" in budget.parts:
-        gone = _parameters_to_go(source, budget)
+        gone = asked * parameters_of_channels(source, budget.channel_parts)
         if gone < _LITTLE * asked * every:
             yield (
                 f"{asked:.0%} of the FFN channels are {gone / every:.1%} of this model's "

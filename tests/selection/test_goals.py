@@ -113,16 +113,17 @@ def test_a_goal_says_its_size_or_nothing(source, caplog):
     assert "parameters ->" not in caplog.text
 
 
-def test_a_number_of_attention_layers_has_the_size_of_that_share(model):
+def test_the_size_of_whole_layers_is_said(model):
     source = Checkpoint(model, parts=("attention",))
-    first, second = (
+    first, second, third = (
         cost.size_after(source, replace(settings(sparsity=0), budget=Budget(**asked)))
         for asked in (
             {"parts": ("attention",), "remove": 1},
             {"parts": ("attention",), "sparsity": 1 / BLOCKS},
+            {"parts": ("attention",), "sparsity": 0.4},
         )
     )
-    assert first == second is not None and first[0] < source.parameter_count
+    assert first == second == third is not None and first[0] < source.parameter_count
 
 
 def test_doubts(source, monkeypatch):
