@@ -125,4 +125,4 @@ def print_goal(resolution: dict[str, Any]) -> None:
 
     if (tried := goal_table(resolution)) is not None:
         chosen = Candidate.from_json(resolution["chosen"]).in_words
-        print(f"{tried.to_text()}\n\n{goal_in_words(resolution)}: {chosen} go\n")
+        print(f"{tried.to_text()}\n\n{goal_in_words(resolution)}: without {chosen}\n")
