@@ -58,9 +58,7 @@ from cfsp.selection.drop_order import (
 )
 from cfsp.selection.goal import loss_increase_of
 from cfsp.settings import (
-    AUTO_METRIC,
     DEFAULT_PARTS,
-    SENSITIVITY,
     Budget,
     MaxLossIncrease,
     PruneSettings,
@@ -236,12 +234,7 @@ def calibrate_source(
             statistics = calibrate(job, windows, runs=follow_runs(job))
         if follow_divergence(job):
             statistics = with_order(job, statistics, half_dropped(source, job.budget))
-        if not job.budget.channel_parts or job.criterion.block_metric not in (
-            AUTO_METRIC,
-            SENSITIVITY,
-        ):
-            return statistics
-        return with_needed_sensitivity(job, statistics)
+        return with_needed_sensitivity(job, statistics) if job.budget.channel_parts else statistics
 
 
 def decide_all(
