@@ -186,12 +186,11 @@ def test_commands_of_one_process_are_refused(command, monkeypatch, argv):
 
 def test_a_pass_goes_back_to_the_state_before(tmp_path):
     state = PassState(tmp_path / "place" / "process" / "pass", {})
-    state.commit(2, "hidden-0.bin")
-    state.commit(5, "hidden-1.bin")
+    for block in (2, 5, 7):
+        state.hidden_file(block).touch()
+    state.commit(5)  # a kill came while the last was written
     read = PassState(state.directory, {})
-    assert read.before == (2, "hidden-0.bin")
-    read.go_back_to(2)
-    again = PassState(state.directory, {})
-    assert (again.next_block, again.hidden, again.before) == (2, "hidden-0.bin", (0, None))
-    again.go_back_to(0)
-    assert (again.next_block, again.hidden) == (0, None)
+    assert read.reachable == {0, 2, 5}
+    read.remove_earlier()
+    assert read.reachable == {0, 5}
+    assert entries(state.directory) == {"state.json", "hidden-00005.bin"}

@@ -13,12 +13,11 @@ import torch
 from builders import entries, raising
 from cfsp.errors import OutputError
 from cfsp.streaming import memory
-from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates
+from cfsp.streaming.hidden_states import HiddenStates
 from cfsp.streaming.work_dir import temporary_work_dir
 
 SHAPE = (5, 7, 3)
 BATCHES = [slice(0, 2), slice(2, 4), slice(4, 5)]
-KINDS = [HiddenStates, HiddenInFile]
 
 
 def values(seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -28,7 +27,6 @@ def values(seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def write_all(hidden: HiddenStates, wanted_NTD: torch.Tensor) -> None:
     for batch in BATCHES:
         hidden.write(batch, wanted_NTD[batch])
-    hidden.swap_buffers()
 
 
 def read_all(hidden: HiddenStates) -> torch.Tensor:
@@ -36,40 +34,31 @@ def read_all(hidden: HiddenStates) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_written_is_read(kind, dtype, tmp_path):
-    hidden = kind(SHAPE, dtype, tmp_path)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_what_is_written_is_read(in_file, dtype, tmp_path):
+    hidden = HiddenStates(SHAPE, dtype, tmp_path if in_file else None)
     assert hidden.nbytes == 5 * 7 * 3 * dtype.itemsize
     for seed in range(3):
         write_all(hidden, values(seed, dtype))
         assert torch.equal(read_all(hidden), values(seed, dtype))
-    # Before the block ends too: repair reads the dense half's outputs and the other half's inputs.
-    for saved in (False, True):
-        if saved:
-            hidden.save()
-        hidden.write(BATCHES[0], values(9, dtype)[BATCHES[0]])
-        assert torch.equal(hidden.read_written(BATCHES[0]), values(9, dtype)[BATCHES[0]])
-        assert torch.equal(hidden.read(BATCHES[1]), values(2, dtype)[BATCHES[1]])
+    hidden.write(BATCHES[0], values(9, dtype)[BATCHES[0]])
+    assert torch.equal(hidden.read(BATCHES[0]), values(9, dtype)[BATCHES[0]])
+    assert torch.equal(hidden.read([4, 2]), values(2, dtype)[[4, 2]])
 
 
-@pytest.mark.parametrize("later", KINDS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_was_saved_stays_until_the_next_save(kind, later, tmp_path):
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("in_file", [False, True])
+def test_what_was_saved_stays(in_file, later, tmp_path):
     """Blocks that pass after a save must not touch what a killed run resumes from."""
-    hidden = kind(SHAPE, torch.bfloat16, tmp_path)
+    hidden = HiddenStates(SHAPE, torch.bfloat16, tmp_path if in_file else None)
     write_all(hidden, values(0))
-    names = []
-    for seed in range(1, 4):
-        write_all(hidden, values(10 * seed))
-        names.append(hidden.save())
-        write_all(hidden, values(10 * seed + 1))
-        write_all(hidden, values(10 * seed + 2))
-        hidden.write(BATCHES[0], values(99)[BATCHES[0]])  # killed in the middle of a block
-        resumed = later(SHAPE, torch.bfloat16, tmp_path, names[-1])
-        assert torch.equal(read_all(resumed), values(10 * seed))
-        hidden.write(BATCHES[0], values(10 * seed + 2)[BATCHES[0]])
-        assert torch.equal(read_all(hidden), values(10 * seed + 2))
-    assert len(set(names)) == 2
+    hidden.save(tmp_path / "saved")
+    write_all(hidden, values(1))
+    hidden.write(BATCHES[0], values(99)[BATCHES[0]])  # killed in the middle of a block
+    resumed = HiddenStates(SHAPE, torch.bfloat16, tmp_path if later else None)
+    resumed.load(tmp_path / "saved")
+    assert torch.equal(read_all(resumed), values(0))
+    assert torch.equal(hidden.read(BATCHES[1]), values(1)[BATCHES[1]])
 
 
 def test_what_nobody_goes_on_from_has_no_name_that_a_kill_could_leave(tmp_path):
@@ -77,7 +66,7 @@ def test_what_nobody_goes_on_from_has_no_name_that_a_kill_could_leave(tmp_path):
         assert not work_dir.directory.exists()
         directory = work_dir.directory_of("pass")
         assert stat.S_IMODE(work_dir.directory.stat().st_mode) == 0o700
-        hidden = HiddenInFile(SHAPE, torch.bfloat16, directory, kept=False)
+        hidden = HiddenStates(SHAPE, torch.bfloat16, directory)
         write_all(hidden, values(0))
         assert not entries(directory)
         assert torch.equal(read_all(hidden), values(0))
@@ -87,12 +76,11 @@ def test_what_nobody_goes_on_from_has_no_name_that_a_kill_could_leave(tmp_path):
 def test_a_full_disk_is_an_error_and_not_a_crash(tmp_path, monkeypatch):
     full = raising(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    hidden = HiddenInFile(SHAPE, torch.bfloat16, tmp_path)
     with pytest.raises(OutputError, match=r"No space left.*--memory-budget .of prune"):
-        hidden.write(BATCHES[0], values(0)[BATCHES[0]])
+        HiddenStates(SHAPE, torch.bfloat16, tmp_path)
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match=r"No space left.*fewer windows"):
-        HiddenStates(SHAPE, torch.bfloat16, tmp_path).save()
+        HiddenStates(SHAPE, torch.bfloat16).save(tmp_path / "saved")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
@@ -100,11 +88,12 @@ def test_hidden_states_in_a_file_take_no_memory(forks, tmp_path):
     code = (
         "import torch\n"
         "from pathlib import Path\n"
-        "from cfsp.streaming.hidden_states import HiddenInFile\n"
+        "from cfsp.streaming.hidden_states import HiddenStates\n"
         "def resident():\n"
         "    text = Path('/proc/self/status').read_text()\n"
         "    return int(text.split('VmRSS:')[1].split()[0]) * 1024\n"
-        f"hidden = HiddenInFile((64, 1024, 1024), torch.bfloat16, Path({str(tmp_path)!r}))\n"
+        f"directory = Path({str(tmp_path)!r})\n"
+        "hidden = HiddenStates((64, 1024, 1024), torch.bfloat16, directory)\n"
         "states = torch.ones(1, 1024, 1024, dtype=torch.bfloat16)\n"
         "before, highest = resident(), 0\n"
         "for _ in range(2):\n"
@@ -113,8 +102,9 @@ def test_hidden_states_in_a_file_take_no_memory(forks, tmp_path):
         "        hidden.read(batch).sum()\n"
         "        hidden.write(batch, states)\n"
         "        highest = max(highest, resident())\n"
-        "    hidden.swap_buffers()\n"
-        "    hidden.save()\n"
+        "    hidden.save(directory / 'saved')\n"
+        "    hidden.load(directory / 'saved')\n"
+        "    highest = max(highest, resident())\n"
         "print(highest - before)\n"
     )
     (done,) = forks.code(code)

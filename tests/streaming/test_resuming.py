@@ -139,7 +139,7 @@ def test_work_of_another_version_is_what_that_version_finishes(now, said, tmp_pa
     """The command that began it may be the very same."""
     began = {"old name": 1, "version": {"cfsp-llm": "0.1"}}
     with pytest.raises(KeyboardInterrupt), output_work_dir(tmp_path / "out", began, None) as work:
-        PassState(work.directory / "ridge", began).commit(1, None)
+        PassState(work.directory / "ridge", began).commit(1)
         raise KeyboardInterrupt
     said += ".*; go back to the version that began it to finish it, or start over with"
     with pytest.raises(ResumeError, match=said), output_work_dir(tmp_path / "out", now, None):
@@ -224,12 +224,13 @@ def test_a_state_is_complete_and_a_damaged_one_is_refused(runs):
     # Everything that it speaks of is on disk.
     fields = read_json(state)
     assert fields["next_block"] == 2
-    assert (state.parent / fields["hidden"]).stat().st_size == 9 * 32 * 32 * 4
+    hidden = state.parent / "hidden-00002.bin"
+    assert hidden.stat().st_size == 9 * 32 * 32 * 4
     assert len(list(state.parent.glob("statistics-*.safetensors"))) == 2
     statistics = min(state.parent.glob("statistics-*.safetensors"))
     for part, wrong in (
         (statistics, "is not complete"),
-        (state.parent / fields["hidden"], "is gone or damaged"),
+        (hidden, "is gone or damaged"),
     ):
         whole = part.read_bytes()
         for damaged in (whole[:9], None):
@@ -286,7 +287,7 @@ def test_leftovers_that_nothing_resumes_from_and_work_beside_a_finished_output_g
     """A kill can come between the output and the removal of what it was made from."""
     directory = runs.directory / "stats.work" / "process-0-of-1" / "calibrate"
     directory.mkdir(parents=True)
-    (directory / "hidden-0.bin").write_bytes(b"half")
+    (directory / "hidden-00001.bin").write_bytes(b"half")
     of_two = runs.directory / "stats.work" / "process-1-of-2" / "calibrate"
     shutil.copytree(directory, of_two)
     for argv, name in ((runs.calibrate, "stats"), (runs.prune, "out")):

@@ -325,7 +325,7 @@ class Pace(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note that there is a checkpoint."""
         if self._work is not None:
-            self._work.commit(state.global_step, None)
+            self._work.commit(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Remember the loss."""

@@ -137,15 +137,13 @@ class SequentialRepair(Visitor[BlockRepair | None]):
 
     def visit(self, block: StreamedBlock) -> BlockRepair | None:
         """Let the dense stream pass a block, and the pruned one that whose turn it is."""
-        split, hidden = self._split, block.hidden
+        split = self._split
         rows = [slice(batch[0], batch[-1] + 1) for batch in split.batches]
         waiting = [slice(split.count + own.start, split.count + own.stop) for own in rows]
         block.pass_through(block.compute, rows)
         unload(block.module)
         block.tokens_done(split.count * split.seqlen)
         if (index := self._turn_after.get(block.index)) is None:
-            block.pass_through(lambda rows, hidden_BTD: hidden_BTD, waiting)
-            hidden.swap_buffers()
             return None
         module, kept = self._modules[index], self._kept[index]
         pruned_block = BlockVisit(self.pruned, module, index, kept, block, split)
@@ -153,7 +151,6 @@ class SequentialRepair(Visitor[BlockRepair | None]):
         block.pass_through(lambda rows, hidden_BTD: pruned_block(hidden_BTD), waiting)
         block.tokens_done(split.count * split.seqlen)
         unload(module)
-        hidden.swap_buffers()
         return result
 
     def _fit(self, block: BlockVisit) -> BlockRepair | None:

@@ -118,7 +118,7 @@ class BlockVisit:
         """Return what of some windows enters the pruned block, and their dense stream after it."""
         hidden = self._block.hidden
         input_BTD = hidden.read([self.split.count + window for window in windows])
-        return input_BTD.to(self.device), hidden.read_written(windows).to(self.device)
+        return input_BTD.to(self.device), hidden.read(windows).to(self.device)
 
     def judge(self) -> Judgement:
         """Return how far the block is from the dense stream on the held-out windows of all."""

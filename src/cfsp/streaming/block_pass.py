@@ -21,7 +21,7 @@ from cfsp.checkpoint.reading import WeightSource
 from cfsp.processes import Team
 from cfsp.progress import item_progress
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
-from cfsp.streaming.hidden_states import HiddenInFile, HiddenStates, Room
+from cfsp.streaming.hidden_states import HiddenStates, Room
 from cfsp.streaming.runtime import Runtime, runtime_identity
 from cfsp.streaming.work_dir import PassState, PassTimes, WorkDir, reading_work
 from cfsp.text.windows import Windows
@@ -81,8 +81,7 @@ def pass_blocks(
     team = work_dir.team if visitor.waits_for_others else Team()
     if state is not None and team.size > 1:
         # They save together: on at the last block that every process can go on at.
-        reachable = team.gather({state.next_block, state.before[0], 0})
-        state.go_back_to(max(set.intersection(*reachable)))
+        state.next_block = max(set.intersection(*team.gather(state.reachable)))
     results: list[T] = []
     if state is not None and state.next_block:
         with reading_work(state.directory, f"{state.directory} is not complete"):
@@ -147,39 +146,39 @@ class _Saver:
     def all_done(self) -> None:
         """Save the results; hidden states are no longer needed."""
         self._save(None)
-        for file in self.state.directory.glob("hidden-*.bin"):
-            file.unlink()
 
     def _save(self, hidden: HiddenStates | None) -> None:
         with self.times.stage("saving"):
             for block in range(self.state.next_block, len(self.results)):
                 self.visitor.save(self.results[block], self.state.directory, block)
-            self.state.commit(len(self.results), None if hidden is None else hidden.save())
-            # Who goes on writes over what others would go back to.
+            if hidden is not None:
+                hidden.save(self.state.hidden_file(len(self.results)))
+            self.state.commit(len(self.results))
+            # Who goes on removes what others would go back to.
             self.team.gather(None)
+            self.state.remove_earlier()
 
 
 def _room(
     visitor: Visitor[Any], state: PassState | None, work_dir: WorkDir, runtime: Runtime
 ) -> Room:
     """Return what makes room for hidden states: in memory, or beyond the budget in a file."""
-    name, pinned, dtype = visitor.name, runtime.device.type == "cuda", runtime.dtype
+    pinned, dtype = runtime.device.type == "cuda", runtime.dtype
 
     def open_hidden(shape_NTD: tuple[int, ...]) -> HiddenStates:
-        nbytes, saved = math.prod(shape_NTD) * dtype.itemsize, None
-        if state is not None and (saved := state.hidden):
-            path = state.directory / saved
+        nbytes, directory = math.prod(shape_NTD) * dtype.itemsize, None
+        if nbytes > work_dir.memory_budget:
+            directory = work_dir.directory_of(visitor.name)
+            logger.info(
+                f"{visitor.label}: {nbytes / 1e9:.3g} GB of hidden states exceed the memory budget "
+                f"of {work_dir.memory_budget / 1e9:.3g} GB; they go to a file in {directory}"
+            )
+        hidden = HiddenStates(shape_NTD, dtype, directory, pinned=pinned)
+        if state is not None and state.next_block:
+            path = state.hidden_file(state.next_block)
             with reading_work(state.directory, f"{path} is gone or damaged"):
-                if (found := path.stat().st_size) != nbytes:
-                    raise ValueError(found)
-        if nbytes <= work_dir.memory_budget:
-            return HiddenStates(shape_NTD, dtype, work_dir.directory / name, saved, pinned=pinned)
-        directory = work_dir.directory_of(name)
-        logger.info(
-            f"{visitor.label}: {nbytes / 1e9:.3g} GB of hidden states exceed the memory budget of "
-            f"{work_dir.memory_budget / 1e9:.3g} GB; they go to a file in {directory}"
-        )
-        return HiddenInFile(shape_NTD, dtype, directory, saved, kept=state is not None)
+                hidden.load(path)
+        return hidden
 
     return open_hidden
 

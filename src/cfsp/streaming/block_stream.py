@@ -97,7 +97,6 @@ class StreamedBlock:
             if on_sublayer is not None:
                 stack.enter_context(observed_sublayers(self.module, self.units, after))
             self.pass_through(compute, self._batches)
-        self.hidden.swap_buffers()
         unload(self.module)
 
     def compute(self, batch: slice, input_BTD: Tensor) -> Tensor:
@@ -108,10 +107,7 @@ class StreamedBlock:
     def pass_through(
         self, compute: Callable[[slice, Tensor], Tensor], batches: Iterable[slice]
     ) -> None:
-        """Let some windows pass a function of batch and BTD in this block's place.
-
-        `hidden.swap_buffers` then ends the block.
-        """
+        """Let some windows pass a function of batch and BTD in this block's place."""
         on_gpu = self.device.type == "cuda"
         for batch in batches:
             with self._times.stage("hidden_states"):

@@ -1,6 +1,6 @@
 """The work directory beside an output: what does not fit into memory, what a killed run left.
 
-    OUT.work/process-0-of-1/ridge/state.json, hidden-0.bin, ...
+    OUT.work/process-0-of-1/ridge/state.json, hidden-00004.bin, ...
 
 It is gone when the output is there. After a kill it stays, and the same command goes on from
 it; another command is refused. Nobody else works in it meanwhile.
@@ -52,30 +52,31 @@ class PassState:
     def __init__(self, directory: Path, identity: dict[str, Any]) -> None:
         self.directory, self._identity = directory, identity
         self.next_block = 0  # the first block that is not finished
-        self.hidden: str | None = None  # name of the file with the hidden states that enter it
-        # What both were when the state was saved the time before. That file is there as long as no
-        # state enters the next block.
-        self.before: tuple[int, str | None] = (0, None)
         directory.mkdir(parents=True, exist_ok=True)
         if (directory / STATE_FILE).is_file():
-            fields = read_state(directory / STATE_FILE, identity)
-            self.next_block, self.hidden = fields["next_block"], fields["hidden"]
-            self.before = tuple(fields["before"])
+            self.next_block = read_state(directory / STATE_FILE, identity)["next_block"]
 
-    def commit(self, next_block: int, hidden: str | None) -> None:
-        """Note that all before `next_block` is on disk."""
-        self._write(next_block, hidden, (self.next_block, self.hidden))
+    def hidden_file(self, block: int) -> Path:
+        """Return the file for the hidden states that enter a block."""
+        return self.directory / f"hidden-{block:05d}.bin"
 
-    def go_back_to(self, block: int) -> None:
-        """Begin with `next_block`, that of `before`, or the first."""
-        if block != self.next_block:
-            self._write(block, self.before[1] if block == self.before[0] else None, (0, None))
+    @property
+    def reachable(self) -> set[int]:
+        """The blocks that the pass can begin with: the next, the first, and those saved before."""
+        earlier = range(self.next_block)
+        return {0, self.next_block, *(each for each in earlier if self.hidden_file(each).is_file())}
 
-    def _write(self, next_block: int, hidden: str | None, before: tuple[int, str | None]) -> None:
-        self.next_block, self.hidden, self.before = next_block, hidden, before
-        fields = {"next_block": next_block, "hidden": hidden, "before": before}
-        text = json.dumps({"identity": self._identity, **fields}, indent=2) + "\n"
+    def commit(self, next_block: int) -> None:
+        """Note that all before a block is on disk."""
+        self.next_block = next_block
+        text = json.dumps({"identity": self._identity, "next_block": next_block}, indent=2) + "\n"
         write_atomically(self.directory / STATE_FILE, text.encode())
+
+    def remove_earlier(self) -> None:
+        """Remove the hidden states that enter other blocks than the next."""
+        for file in self.directory.glob("hidden-*.bin"):
+            if file != self.hidden_file(self.next_block):
+                file.unlink()
 
 
 def read_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +86,6 @@ def read_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         saved = dict(fields["identity"])
         fields["next_block"] = int(fields["next_block"])
-        _ = fields["hidden"], fields["before"]
     asked = json.loads(json.dumps(identity))
     # Of another command or version the rest may be called otherwise.
     for key in sorted(asked, key=lambda name: name not in ("command", "version")):
@@ -267,7 +267,7 @@ def load_or_compute(
     path = state.directory / "measured.json"
     if not state.next_block:
         write_atomically(path, json.dumps(measure()).encode())
-        state.commit(1, None)
+        state.commit(1)
     with reading_work(state.directory, f"{path} is gone or damaged"):
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
