@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from cfsp.checkpoint.output import created_parents, exclusive, write_atomically
@@ -33,7 +34,6 @@ from cfsp.errors import (
     CheckpointError,
     OutputError,
     ResumeError,
-    StatisticsError,
     TextError,
     UsageError,
 )
@@ -281,7 +281,7 @@ def reading_work(directory: Path, wrong: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RecursionError, StatisticsError, *OF_DAMAGE) as error:
+    except (OSError, EOFError, RuntimeError, UnpicklingError, *OF_DAMAGE) as error:
         raise ResumeError(f"{wrong}; {start_over(directory.parents[1])}") from error
 
 
