@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
-from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import CfspError, UnsupportedModelError, first_line
@@ -196,41 +195,28 @@ def _one_goes(blocks: Sequence[int], proof: Callable[[Sequence[int]], None]) -> 
 
 
 def verdicts(families: Sequence[Family]) -> Iterator[Reasons]:
-    """Yield what `why_not` says of each family, in order; several are worked on at a time.
+    """Yield what `why_not` says of each family, in order; several are worked on at a time."""
+    with ThreadPoolExecutor(min(MOST_AT_A_TIME, os.cpu_count() or 1)) as executor:
+        yield from executor.map(_verdict, families)
 
-    Where its process crashes, or has no answer in time, that is the reason.
-    """
-    running: set[subprocess.Popen[str]] = set()
-    nobody_asks = Event()
 
-    def verdict(family: Family) -> Reasons:
-        words = (*PROGRAM, family.model_type, family.class_name)
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        with subprocess.Popen(words, **pipes, text=True, errors="replace") as process:
-            running.add(process)
-            if nobody_asks.is_set():  # since before it was among those that are ended then
-                process.kill()
-            try:
-                lines = process.communicate(timeout=PROOF_LIMIT)[0].splitlines()
-            except subprocess.TimeoutExpired:
-                process.kill()
-                return dict.fromkeys(PARTS, f"no verdict after {PROOF_LIMIT:.0f} seconds")
-        if process.returncode:
-            return dict.fromkeys(PARTS, f"its process ended with status {process.returncode}")
-        answers = [line.removeprefix(_ANSWER) for line in lines if line.startswith(_ANSWER)]
-        if not answers:
-            return dict.fromkeys(PARTS, "its process gave no answer")
-        reasons: Reasons = json.loads(answers[-1])
-        return reasons
-
-    executor = ThreadPoolExecutor(min(MOST_AT_A_TIME, os.cpu_count() or 1))
+def _verdict(family: Family) -> Reasons:
+    """Return the answer of a process; that it crashes, or has none in time, is one too."""
+    words = (*PROGRAM, family.model_type, family.class_name)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     try:
-        yield from executor.map(verdict, families)
-    finally:
-        nobody_asks.set()
-        executor.shutdown(wait=False, cancel_futures=True)
-        for process in list(running):
-            process.kill()
+        ended = subprocess.run(
+            words, **pipes, text=True, errors="replace", timeout=PROOF_LIMIT, check=True
+        )
+    except subprocess.TimeoutExpired:
+        return dict.fromkeys(PARTS, f"no verdict after {PROOF_LIMIT:.0f} seconds")
+    except subprocess.CalledProcessError as error:
+        return dict.fromkeys(PARTS, f"its process ended with status {error.returncode}")
+    _, found, answer = ended.stdout.rpartition(f"\n{_ANSWER}")
+    if not found:
+        return dict.fromkeys(PARTS, "its process gave no answer")
+    reasons: Reasons = json.loads(answer.partition("\n")[0])
+    return reasons
 
 
 if __name__ == "__main__":
