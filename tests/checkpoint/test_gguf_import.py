@@ -29,9 +29,8 @@ from cfsp.checkpoint import gguf_import
 from cfsp.checkpoint.gguf_import import import_gguf
 from cfsp.checkpoint.gguf_rope import (
     query_scalar,
+    restore_numbers,
     restore_positions,
-    restore_scales,
-    restore_sizes,
 )
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
@@ -196,22 +195,23 @@ OF_YARN = {
 def test_sizes_and_positions_come_from_the_file(config_class, graph, said, expected):
     """transformers leaves these at the default of the class, which is one model's."""
     config = config_class(hidden_size=512, num_attention_heads=4)
-    restore_sizes(config, reader_of(graph, said))
+    restore_numbers(config, reader_of(graph, said))
     restore_positions(config, reader_of(graph, said))
     found = vars(config) | config.rope_parameters
     assert {name: found[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize(("blocks", "base"), [(26, False), (34, False), (34, True)])
-def test_ollamas_files_of_gemma3_are_mended(blocks, base):
-    config = Gemma3TextConfig(num_hidden_layers=blocks)
-    said = {"final_logit_softcapping": 30.0} | ({"rope.freq_base": 1e6} if base else {})
-    restore_scales(config, reader_of("gemma3", said))
+def test_ollamas_files_of_gemma3_are_refused_and_others_read():
+    """Its runtime knows what they do not say."""
+    config, said = Gemma3TextConfig(), {"final_logit_softcapping": 30.0}
+    with pytest.raises(ValueError, match="says no base of its positions, as Ollama"):
+        restore_positions(config, reader_of("gemma3", said))
+    said["rope.freq_base"] = 1e6
+    restore_numbers(config, reader_of("gemma3", said))
     restore_positions(config, reader_of("gemma3", said))
-    scaled = {"rope_type": "linear", "factor": 8.0} if (blocks, base) == (34, False) else {}
-    assert config.final_logit_softcapping == (30.0 if base else None)
+    assert config.final_logit_softcapping == 30.0
     assert config.rope_parameters == {
-        "full_attention": {"rope_type": "default", "rope_theta": 1e6, **scaled},
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     }
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from cfsp.checkpoint.gguf_rope import restore_positions, restore_scales, restore_sizes
+from cfsp.checkpoint.gguf_rope import restore_numbers, restore_positions
 from cfsp.checkpoint.gguf_tokenizer import BY_NAME, PRE_TOKENIZER_KEY, tokenizer_of
 from cfsp.checkpoint.llama_cpp import tokens_differ
 from cfsp.checkpoint.output import (
@@ -135,8 +135,7 @@ def _convert(path: Path, reader: GGUFReader, dtype: torch.dtype, target: Path) -
         for key, ending in _BIASES.items():
             if any(name.endswith(ending) for name in names) and hasattr(config, key):
                 setattr(config, key, True)
-        restore_sizes(config, reader)
-        restore_scales(config, reader)
+        restore_numbers(config, reader)
         model, told = AutoModelForCausalLM.from_pretrained(
             target,
             config=config,

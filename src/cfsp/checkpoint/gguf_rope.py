@@ -26,18 +26,14 @@ if TYPE_CHECKING:
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3_ORIGINAL = (8192, *(2**power for power in range(4, 18)))
 _SAME = 1e-3  # of factors that are stored in float32
-_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 # By what a config calls them: of some graphs transformers reads them, of others it does not.
+_CAPS = {name: name for name in ("attn_logit_softcapping", "final_logit_softcapping")}
 _SIZES = {
     "head_dim": "attention.key_length",
     "sliding_window": "attention.sliding_window",
     "moe_intermediate_size": "expert_feed_forward_length",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
 }
-# Ollama's own files of Gemma 3 say no base. Those of so many blocks don't say that positions are
-# scaled, that of 26 says a cap of logits that the model has not. Its runtime mends both
-# (model/models/gemma3/model_text.go).
-_SCALED_BY_OLLAMA = (34, 48, 62)
 # Of so many blocks are the 27B models, by the graph that runs them.
 _BLOCKS_OF_27B = {"gemma2": 46, "gemma3": 62}
 
@@ -49,26 +45,17 @@ def query_scalar(graph: str, config: Any) -> int:
     return head_size(config)
 
 
-def restore_sizes(config: PreTrainedConfig, reader: GGUFReader) -> None:
-    """Write the sizes of heads, windows and experts into a config that was read from a file."""
+def restore_numbers(config: PreTrainedConfig, reader: GGUFReader) -> None:
+    """Write sizes, caps and how queries are scaled into a config that was read from a file."""
     graph, text_config = reader.fields["general.architecture"].contents(), text_config_of(config)
-    if getattr(text_config, "is_heterogeneous", False):
-        return  # as Gemma 4, whose blocks differ
-    for name, key in _SIZES.items():
+    # Of Gemma 4, whose blocks differ, the sizes are not one number.
+    differ = getattr(text_config, "is_heterogeneous", False)
+    for name, key in (_CAPS if differ else _CAPS | _SIZES).items():
         said = reader.fields.get(f"{graph}.{key}")
         if said is not None and hasattr(text_config, name):
-            setattr(text_config, name, int(said.contents()) or None)  # 0: no window
-
-
-def restore_scales(config: PreTrainedConfig, reader: GGUFReader) -> None:
-    """Write how queries are scaled and logits capped into a config that was read from a file."""
-    graph, text_config = reader.fields["general.architecture"].contents(), text_config_of(config)
+            setattr(text_config, name, said.contents() or None)  # 0: no window
     if hasattr(text_config, "query_pre_attn_scalar"):
         text_config.query_pre_attn_scalar = query_scalar(graph, text_config)
-    for cap in () if _is_ollamas(reader) else _CAPS:
-        said = reader.fields.get(f"{graph}.{cap}")
-        if said is not None and hasattr(text_config, cap):
-            setattr(text_config, cap, float(said.contents()))
 
 
 def restore_positions(config: PreTrainedConfig, reader: GGUFReader) -> None:
@@ -86,12 +73,13 @@ def restore_positions(config: PreTrainedConfig, reader: GGUFReader) -> None:
     tensors = {each.name: each for each in reader.tensors}
     if "freq_base" in said:
         whole["rope_theta"] = float(said["freq_base"])
+    elif reader.fields["general.architecture"].contents() == "gemma3":
+        # Nor do such files say that positions are scaled: Ollama's runtime knows it.
+        raise ValueError("it says no base of its positions, as Ollama's own files of Gemma 3")
     if "freq_base_swa" in said and "sliding_attention" in parameters:
         parameters["sliding_attention"]["rope_theta"] = float(said["freq_base_swa"])
     if "partial_rotary_factor" in whole and "dimension_count" in said:
         whole["partial_rotary_factor"] = said["dimension_count"] / head_size(text_config)
-    if _is_ollamas(reader) and text_config.num_hidden_layers in _SCALED_BY_OLLAMA:
-        said |= {"scaling.type": "linear", "scaling.factor": 8.0}
     if whole.get("rope_type", "default") != "default":
         return  # transformers has read it, as that of gpt-oss
     scale = said.get("scale_linear")  # before there were types
@@ -135,11 +123,6 @@ def _said(reader: GGUFReader) -> dict[str, Any]:
         for name, field in reader.fields.items()
         if name.startswith(prefix)
     }
-
-
-def _is_ollamas(reader: GGUFReader) -> bool:
-    graph = reader.fields["general.architecture"].contents()
-    return bool(graph == "gemma3" and "gemma3.rope.freq_base" not in reader.fields)
 
 
 def _yarn(factor: float, said: dict[str, Any]) -> dict[str, Any]:
