@@ -53,7 +53,7 @@ def test_a_killed_run_resumes_to_the_same_weights(pruned, text_file, tmp_path, c
     command(*argv, whole)
     commands.kill([*argv, str(out)], "training", 5)
     assert not out.exists()
-    last = last_checkpoint(work_of(out) / "process-0-of-1" / "train")
+    last = last_checkpoint(work_of(out) / "process-0" / "train")
     assert last is not None and last[0].name == "checkpoint-4"
     # In what it computed first, whatever `auto` means on another machine.
     identity = read_json(last[0].parent / "state.json")["identity"]
@@ -130,7 +130,7 @@ def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(
         with pytest.raises(ResumeError, match="another eval"):
             recovered(evaluation=another)
     assert sorted(work_of(out).rglob("*")) == before
-    last = last_checkpoint(work_of(out) / "process-0-of-1" / "train")
+    last = last_checkpoint(work_of(out) / "process-0" / "train")
     assert last is not None
     # What was measured before training is not measured again.
     measured = noted(cfsp.recovery.recover, "perplexity_by_text", lambda *args: args[-1])
@@ -282,7 +282,7 @@ def test_what_stops_saving_is_told(recovered, tmp_path, monkeypatch, error, expe
     with pytest.raises(expected, match=said):
         recovered()
     # The same command goes on from what is whole.
-    assert last_checkpoint(work_of(tmp_path / "out") / "process-0-of-1" / "train") is None
+    assert last_checkpoint(work_of(tmp_path / "out") / "process-0" / "train") is None
 
 
 @pytest.mark.parametrize(

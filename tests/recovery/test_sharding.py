@@ -130,7 +130,7 @@ print(main(ARGV))
 def test_what_the_first_refuses_all_refuse_at_once(forks, argv, tmp_path):
     """Another run is working there: the others do not wait for a first one that has gone."""
     argv += ["--out", str(tmp_path / "out")]
-    with exclusive(tmp_path / "out.work" / "process-0-of-1"):
+    with exclusive(tmp_path / "out.work" / "process-0"):
         ended = forks.code(REFUSED.replace("ARGV", repr(argv)), *ranks(2))
     for each in ended:
         assert each.stdout == "2\n" and "another run is working in" in each.stderr, each

@@ -100,7 +100,7 @@ def test_another_command_is_refused_and_the_same_goes_on_in_another_directory(
     """What was given now may be wrong where the run that was killed was right."""
     runs.kill(runs.prune, "within", BLOCKS + 2)
     work_dir = runs.directory / "out.work"
-    before = entries(work_dir / "process-0-of-1")
+    before = entries(work_dir / "process-0")
     for change, key in (
         (["--sparsity", "0.4"], "sparsity"),
         (["--repair", "none"], "--repair"),
@@ -110,7 +110,7 @@ def test_another_command_is_refused_and_the_same_goes_on_in_another_directory(
         assert f"holds unfinished work with another {key}" in message
         assert f"rm -r {work_dir}" in message
         assert "out" not in entries(runs.directory)
-        assert entries(work_dir / "process-0-of-1") == before
+        assert entries(work_dir / "process-0") == before
     for change, said in (
         (["--samples", "1"], "repair needs at least 2 windows"),
         (["--seqlen", "4096"], "9 are needed"),
@@ -284,14 +284,14 @@ def test_an_interrupted_run_keeps_its_work_and_says_so(error, runs, whole, monke
 
 def test_leftovers_that_nothing_resumes_from_and_work_beside_a_finished_output_go(runs, whole):
     """A kill can come between the output and the removal of what it was made from."""
-    directory = runs.directory / "stats.work" / "process-0-of-1" / "calibrate"
+    directory = runs.directory / "stats.work" / "process-0" / "calibrate"
     directory.mkdir(parents=True)
     (directory / "hidden-00001.bin").write_bytes(b"half")
-    of_two = runs.directory / "stats.work" / "process-1-of-2" / "calibrate"
+    of_two = runs.directory / "stats.work" / "process-1" / "calibrate"
     shutil.copytree(directory, of_two)
     for argv, name in ((runs.calibrate, "stats"), (runs.prune, "out")):
         runs.end(argv)
-        state = runs.directory / f"{name}.work" / "process-0-of-1" / "calibrate" / "state.json"
+        state = runs.directory / f"{name}.work" / "process-0" / "calibrate" / "state.json"
         state.parent.mkdir(parents=True)
         state.write_text("{}")
         assert f"{runs.directory / name} exists" in runs.refused(argv)
@@ -322,7 +322,7 @@ def test_saving_takes_a_small_share_of_the_time(monkeypatch):
 
 def test_the_advice_to_start_over_removes_nothing_else(tmp_path):
     (tmp_path / "my").mkdir()
-    state = tmp_path / "my out.work" / "process-0-of-1" / "ridge" / "state.json"
+    state = tmp_path / "my out.work" / "process-0" / "ridge" / "state.json"
     with pytest.raises(ResumeError) as refused:
         read_state(state, {})
     assert shlex.split(str(refused.value))[-3:] == ["rm", "-r", str(tmp_path / "my out.work")]

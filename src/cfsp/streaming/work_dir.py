@@ -1,6 +1,6 @@
 """The work directory beside an output: what does not fit into memory, what a killed run left.
 
-    OUT.work/process-0-of-1/ridge/state.json, hidden-00004.bin, ...
+    OUT.work/process-0/ridge/state.json, hidden-00004.bin, ...
 
 It is gone when the output is there. After a kill it stays, and the same command goes on from
 it; another command is refused. Nobody else works in it meanwhile.
@@ -173,7 +173,7 @@ class WorkDir:
         """Return the directory of one pass where the first process works; there it exists."""
         if self.team.is_first:
             return self.directory_of(name)
-        return self.directory.with_name(_directory_name(0, self.team.size)) / name
+        return self.directory.with_name("process-0") / name
 
     def once(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what `load_or_compute` does in the first process; the others wait for it."""
@@ -210,20 +210,20 @@ def output_work_dir(
     What another run uses, or an unfinished one of another command or number of processes, is
     refused.
     """
+    if team is not None:
+        identity = {**identity, "number of processes": team.size}
     team = team or Team()
-    directory = directory_of_process(out, team.rank, team.size)
+    directory = directory_of_process(out, team.rank)
     work_dir = directory.parent
-    _check_processes(work_dir, team.size)
-    # Of several processes the first holds the output: there may be others of another number.
-    alone = exclusive(work_dir / "run") if team.is_first else contextlib.nullcontext()
-    with created_parents(out), _working(directory), alone:
-        before = sorted(directory.glob(f"*/{STATE_FILE}"))
+    with created_parents(out), _working(directory):
+        every = unfinished_in(work_dir)
+        before = [state for state in every if team.is_first or directory in state.parents]
         for state in before:
             read_state(state, identity)
         _remove_unfinished(directory)
-        if team.is_first:  # what another number of processes left cannot be gone on from
-            own = f"-of-{team.size}"
-            _remove_in(work_dir, lambda name: "-of-" in name and not name.endswith(own))
+        if team.is_first:  # what more processes left cannot be gone on from
+            own = {directory_of_process(out, process).name for process in range(team.size)}
+            _remove_in(work_dir, lambda name: name not in own)
         try:
             yield WorkDir(directory, hidden_budget(memory_budget), identity, team=team)
         except ResumeError:
@@ -290,29 +290,15 @@ def start_over(work_dir: Path) -> str:
     return f"start over with: rm -r {shlex.quote(str(work_dir))}"
 
 
-def directory_of_process(out: Path, process: int = 0, processes: int = 1) -> Path:
+def directory_of_process(out: Path, process: int = 0) -> Path:
     """Return where one process works on an output; see `output_work_dir`."""
-    return out.parent / f"{out.name}.work" / _directory_name(process, processes)
+    return out.parent / f"{out.name}.work" / f"process-{process}"
 
 
 def unfinished_in(work_dir: Path) -> list[Path]:
-    """Return the states of all passes that killed runs left, of any number of processes."""
+    """Return the states of all passes that killed runs left, of all processes."""
     # Sorted: an iterator that an error leaves half way keeps its directory open.
     return sorted(work_dir.glob(f"process-*/*/{STATE_FILE}"))
-
-
-def _directory_name(process: int, processes: int) -> str:
-    return f"process-{process}-of-{processes}"
-
-
-def _check_processes(work_dir: Path, processes: int) -> None:
-    for state in unfinished_in(work_dir):
-        found = state.parent.parent.name.rpartition("-of-")[2]
-        if found != str(processes):
-            raise ResumeError(
-                f"{work_dir} holds unfinished work of {found} processes, now there are "
-                f"{processes}; repeat that command to finish it, or {start_over(work_dir)}"
-            )
 
 
 def _remove_unfinished(directory: Path) -> None:
