@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -192,12 +191,12 @@ def calibrate(
         if isinstance(model, str | Path):
             raise UsageError("calibrating a path needs no tokenizer: it has its own")
         check_tokenizer(tokenizer)
-    with _opened(model, budget) as source:
-        if tokenizer is None:
-            if not isinstance(source, Checkpoint):
-                raise UsageError("calibrating a model in memory needs its tokenizer")
-            tokenizer = load_tokenizer(source.directory)
-        return calibrate_source(source, tokenizer, settings)
+    source = _opened(model, budget)
+    if tokenizer is None:
+        if not isinstance(source, Checkpoint):
+            raise UsageError("calibrating a model in memory needs its tokenizer")
+        tokenizer = load_tokenizer(source.directory)
+    return calibrate_source(source, tokenizer, settings)
 
 
 @torch_as_it_starts()
@@ -225,8 +224,7 @@ def plan(
     known = (each for each in GOALS if each is not MaxLossIncrease)
     check_names(plan, advanced, Budget, *known, Criterion, Compute)
     settings = prune_settings(advanced | _said(sparsity=sparsity, parts=parts), goal)
-    with _opened(model, settings.budget) as source:
-        return plan_from(source, statistics, settings)
+    return plan_from(_opened(model, settings.budget), statistics, settings)
 
 
 @torch_as_it_starts()
@@ -278,9 +276,7 @@ def evaluate(
     return evaluate_models(names, exam, against=against)
 
 
-def _opened(
-    model: str | Path | PreTrainedModel, budget: Budget
-) -> AbstractContextManager[WeightSource]:
+def _opened(model: str | Path | PreTrainedModel, budget: Budget) -> WeightSource:
     if isinstance(model, str | Path):
-        return nullcontext(open_checkpoint(model, parts=budget.parts))
+        return open_checkpoint(model, parts=budget.parts)
     return in_memory(model, budget.parts)

@@ -201,10 +201,8 @@ def prune_model(
     """Prune a model in memory into a new one that shares every unpruned tensor with it."""
     settings = settings.suited_to_repair()
     check_tokenizer(tokenizer)
-    with (
-        in_memory(model, settings.budget.parts) as source,
-        temporary_work_dir(settings.compute.memory_budget) as work_dir,
-    ):
+    source = in_memory(model, settings.budget.parts)
+    with temporary_work_dir(settings.compute.memory_budget) as work_dir:
         history = history_of(source)
         repaired, goal = decide(_job(source, lambda: tokenizer, settings, work_dir))
         report = prune_report(source, repaired, goal, {}, work_dir, None)

@@ -22,12 +22,10 @@ from cfsp.checkpoint.reading import (
     LoadedModel,
     _spread,
     ffn_parameters_per_channel,
-    in_memory,
 )
 from cfsp.cut.surgery import PrunedSource
 from cfsp.errors import CheckpointError, UsageError
 from cfsp.planning.candidate import Dropped
-from cfsp.settings import DEFAULT_PARTS
 from tiny_decoders import tiny_model
 from tiny_models import build_tiny_model
 
@@ -81,30 +79,6 @@ def test_a_head_that_is_stored_alone_is_the_embedding(tiny_checkpoint, tmp_path)
     source, usual = Checkpoint(path), Checkpoint(tiny_checkpoint("qwen2"))
     assert source.fingerprint == usual.fingerprint and source.tied == {head: embedding}
     assert embedding in source.specs
-
-
-class Compiled(torch.nn.Module):
-    """As what torch.compile() returns: it has hooks of its own; what is set goes to its part."""
-
-    def __init__(self, part: torch.nn.Module) -> None:
-        super().__init__()
-        self._modules["part"] = part
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._modules["part"], name, value)
-
-
-def test_a_compiled_part_of_a_model_in_memory_gets_its_hooks_back():
-    model: Any = build_tiny_model("llama").train()
-    mlp = model.model.layers[0].mlp
-    part = mlp.act_fn
-    handle = part.register_forward_hook(lambda *_: None)
-    mlp.act_fn = Compiled(part)
-    with in_memory(model, DEFAULT_PARTS):
-        assert not part._forward_hooks and not part.training
-    assert len(part._forward_hooks) == 1 and part.training
-    handle.remove()
-    assert not part._forward_hooks
 
 
 def test_a_class_of_the_users_that_no_config_builds_is_told(caplog, monkeypatch):

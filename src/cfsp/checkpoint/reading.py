@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +24,12 @@ from cfsp.checkpoint.config_file import read_config
 from cfsp.checkpoint.conversion import missing_prefix, stored_from_memory
 from cfsp.checkpoint.own_files import check_links, digests_beside_weights
 from cfsp.checkpoint.quantisation import check_is_not_packed, dequantised
-from cfsp.checkpoint.skeleton import architecture_of, check_is_of_its_config, empty_model
+from cfsp.checkpoint.skeleton import (
+    architecture_of,
+    build_skeleton,
+    check_is_of_its_config,
+    empty_model,
+)
 from cfsp.checkpoint.stored_tensors import StoredTensors
 from cfsp.checkpoint.tensor_file import (
     AGAIN,
@@ -187,31 +191,25 @@ class LoadedModel(WeightSource):
         self.stored = StoredTensors.of(model, self.architecture, tensors, self.label)
         _check_stored(self, model)
 
+    def as_loaded(self) -> PreTrainedModel:
+        """Return a model with the same tensors and modules of its own, as loading makes them.
 
-@contextmanager
-def in_memory(model: PreTrainedModel, parts: tuple[Part, ...]) -> Iterator[LoadedModel]:
-    """Take a user's model as a source, as it would be loaded.
+        Dropout of training mode would measure noise, and hooks and compiled calls are the user's.
+        """
+        loaded = build_skeleton(self.config, self.model.dtype).requires_grad_(False)
+        loaded.load_state_dict(self.model.state_dict(), assign=True)
+        return loaded.to(self.model.device)
 
-    It is in evaluation mode, because dropout would measure noise, and without forward hooks or
-    compiled calls: most passes run copies of its blocks, which have none.
-    """
+
+def in_memory(model: PreTrainedModel, parts: tuple[Part, ...]) -> LoadedModel:
+    """Take a user's model as a source; all of it must be there."""
     source = LoadedModel(model, parts)
     if empty := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
         raise CheckpointError(
             f"{empty[0]} of the model in memory has no values there, as after offloading; give its "
             "path instead, which streams block by block"
         )
-    with ExitStack() as stack:
-        for module in model.modules():
-            for name in ("training", "_compiled_call_impl"):
-                stack.callback(setattr, module, name, getattr(module, name))
-            module._compiled_call_impl = None
-            # In place: what torch.compile() returns hands on to a module what is set of itself.
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                stack.callback(hooks.update, dict(hooks))
-                hooks.clear()
-        model.eval()
-        yield source
+    return source
 
 
 def _some_values(tensor: StoredTensor) -> Tensor:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -65,12 +64,12 @@ _SAME = 1e-4  # in nats: equal predictions, but for rounding
 
 
 def load_whole(source: WeightSource, runtime: Runtime, purpose: str) -> PreTrainedModel:
-    """Return the whole model of a source, ready to run; one in memory is itself if it is fast."""
+    """Return the whole model of a source, ready to run; where it is it has the same tensors."""
     if isinstance(source, LoadedModel) and is_there(source, runtime):
-        return source.model
+        return source.as_loaded()
     check_fits(source, runtime, purpose)
     if isinstance(source, LoadedModel):
-        return deepcopy(source.model).to(runtime.device, runtime.dtype)
+        return source.as_loaded().to(runtime.device, runtime.dtype)
     assert isinstance(source, Checkpoint)
     return load(source.directory, dtype=runtime.dtype, device=runtime.device)
 
