@@ -17,7 +17,7 @@ from cfsp.architecture.found import Architecture
 from cfsp.checkpoint.reading import Checkpoint, LoadedModel, WeightSource
 from cfsp.errors import UnsupportedModelError
 from cfsp.streaming import stand_in
-from cfsp.streaming.block_calls import BlockCalls, record_calls
+from cfsp.streaming.block_calls import BlockCalls
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks
 from cfsp.streaming.decoder_end import Head, end_of, parameters_of_end
 from cfsp.streaming.hidden_states import HiddenStates
@@ -125,17 +125,18 @@ def test_recorder_notes_the_calls_and_puts_the_blocks_back():
     blocks = model.model.layers
     originals = list(blocks)
     with torch.inference_mode():
-        calls, entering_BTD = record_calls(model.model, blocks, TOKENS)
+        calls = BlockCalls(model.model, blocks, TOKENS, CPU)
+        entering_BTD = calls.learn(range(len(TOKENS)))
     assert list(blocks) == originals
     torch.testing.assert_close(entering_BTD, model.model.embed_tokens(TOKENS))
-    given = [call.arguments[1] for call in calls]
+    given = [calls.of(index, len(TOKENS)).arguments[1] for index in range(BLOCKS)]
     assert all("position_embeddings" in each for each in given)
     # qwen2's last block slides; full and sliding blocks must not share a mask.
     masks = [each["attention_mask"] for each in given]
     assert len(masks) == BLOCKS
     assert masks[0] is masks[1] is not masks[2]
     with pytest.raises(IndexError):
-        record_calls(model.model, blocks, torch.tensor([[1000]]))
+        BlockCalls(model.model, blocks, torch.tensor([[1000]]), CPU)
     assert list(blocks) == originals
 
 

@@ -46,7 +46,7 @@ class BlockCall:
     """Everything but the hidden state that a model passes to one of its blocks."""
 
     arguments: Arguments
-    form: CallForm = PLAIN
+    form: CallForm
 
     def __call__(self, block: nn.Module, hidden_BTD: Tensor) -> Tensor:
         """Call a block as the model would, and return its output hidden state."""
@@ -67,16 +67,6 @@ class BlockCall:
             lambda place, value: values.get(place, value), self.arguments, is_leaf=is_shared
         )
         return replace(self, arguments=arguments)
-
-
-def record_calls(
-    decoder: nn.Module, blocks: nn.ModuleList, tokens_BT: Tensor, form: CallForm = PLAIN
-) -> tuple[list[BlockCall], Tensor]:
-    """Return how a model calls each of its blocks with some tokens, and what enters the first."""
-    called: list[Called] = []
-    run_through(partial(_run, decoder), tokens_BT, blocks, form, called)
-    calls = [BlockCall(each.arguments, form) for each in called]
-    return calls, form.pack(called[0].given)
 
 
 def _run(decoder: nn.Module, tokens_BT: Tensor) -> Tensor:
@@ -166,7 +156,12 @@ class BlockCalls:
         self._written: set[Place] = set()
 
     def _record(self, tokens_BT: Tensor) -> tuple[list[BlockCall], Tensor]:
-        return record_calls(self._decoder, self._blocks, tokens_BT.to(self._device), self._form)
+        """Return how the model calls each block with some tokens, and what enters the first."""
+        called: list[Called] = []
+        tokens_BT = tokens_BT.to(self._device)
+        run_through(partial(_run, self._decoder), tokens_BT, self._blocks, self._form, called)
+        calls = [BlockCall(each.arguments, self._form) for each in called]
+        return calls, self._form.pack(called[0].given)
 
     def learn(self, windows: range) -> Tensor:
         """Note how blocks are called with some windows; return what enters the first, BTD."""

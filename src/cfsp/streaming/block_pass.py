@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -23,7 +24,7 @@ from cfsp.checkpoint.reading import WeightSource
 from cfsp.processes import Team
 from cfsp.progress import item_progress
 from cfsp.streaming.block_stream import StreamedBlock, stream_blocks, windows_in_batch
-from cfsp.streaming.hidden_states import HiddenStates, Room
+from cfsp.streaming.hidden_states import HiddenStates
 from cfsp.streaming.runtime import Runtime, runtime_identity
 from cfsp.streaming.work_dir import PassState, PassTimes, WorkDir, reading_work
 from cfsp.text.windows import Windows
@@ -97,7 +98,7 @@ def pass_blocks(
             source,
             windows,
             runtime,
-            room=_room(visitor, state, work_dir, runtime),
+            room=partial(_open_hidden, visitor, state, work_dir, runtime),
             first_block=len(results),
             more_batch_sizes=visitor.more_batch_sizes,
             times=times,
@@ -161,28 +162,28 @@ def _result_file(state: PassState, block: int) -> Path:
     return state.directory / f"result-{block:05d}.pt"
 
 
-def _room(
-    visitor: Visitor[Any], state: PassState | None, work_dir: WorkDir, runtime: Runtime
-) -> Room:
-    """Return what makes room for hidden states: in memory, or beyond the budget in a file."""
-    pinned, dtype = runtime.device.type == "cuda", runtime.dtype
-
-    def open_hidden(shape_NTD: tuple[int, ...]) -> HiddenStates:
-        nbytes, directory = math.prod(shape_NTD) * dtype.itemsize, None
-        if nbytes > work_dir.memory_budget:
-            directory = work_dir.directory_of(visitor.name)
-            logger.info(
-                f"{visitor.label}: {nbytes / 1e9:.3g} GB of hidden states exceed the memory budget "
-                f"of {work_dir.memory_budget / 1e9:.3g} GB; they go to a file in {directory}"
-            )
-        hidden = HiddenStates(shape_NTD, dtype, directory, pinned=pinned)
-        if state is not None and state.next_block:
-            path = state.hidden_file(state.next_block)
-            with reading_work(state.directory, f"{path} is gone or damaged"):
-                hidden.load(path)
-        return hidden
-
-    return open_hidden
+def _open_hidden(
+    visitor: Visitor[Any],
+    state: PassState | None,
+    work_dir: WorkDir,
+    runtime: Runtime,
+    shape_NTD: tuple[int, ...],
+) -> HiddenStates:
+    """Make room for hidden states: in memory, or beyond the budget in a file."""
+    dtype, directory = runtime.dtype, None
+    nbytes = math.prod(shape_NTD) * dtype.itemsize
+    if nbytes > work_dir.memory_budget:
+        directory = work_dir.directory_of(visitor.name)
+        logger.info(
+            f"{visitor.label}: {nbytes / 1e9:.3g} GB of hidden states exceed the memory budget of "
+            f"{work_dir.memory_budget / 1e9:.3g} GB; they go to a file in {directory}"
+        )
+    hidden = HiddenStates(shape_NTD, dtype, directory, pinned=runtime.device.type == "cuda")
+    if state is not None and state.next_block:
+        path = state.hidden_file(state.next_block)
+        with reading_work(state.directory, f"{path} is gone or damaged"):
+            hidden.load(path)
+    return hidden
 
 
 def _identity(source: WeightSource, windows: Windows, runtime: Runtime) -> dict[str, Any]:

@@ -83,21 +83,12 @@ class CallForm:
     axis: int = 0  # of the windows; the next is that of the tokens
     rest: tuple[int, ...] = ()  # lengths of the other axes
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the model's hidden states are BTD themselves."""
-        return self.axis == 0 and len(self.rest) <= 1
-
     def pack(self, hidden: Tensor) -> Tensor:
         """Return a model's hidden state as BTD."""
-        if self.is_plain:
-            return hidden
         return hidden.movedim((self.axis, self.axis + 1), (0, 1)).flatten(2)
 
     def unpack(self, hidden_BTD: Tensor) -> Tensor:
         """Return a hidden state BTD as the model has it."""
-        if self.is_plain:
-            return hidden_BTD
         split = hidden_BTD.reshape(*hidden_BTD.shape[:2], *self.rest)
         return split.movedim((0, 1), (self.axis, self.axis + 1))
 
