@@ -223,7 +223,7 @@ def with_tensors(source: Path, target: Path, changes: dict[str, torch.Tensor | N
         (
             "mxfp4",
             {QUERIES: torch.ones(64, 32).to(torch.int8)},
-            "q_proj.weight is stored as int8, which mxfp4 weights of its config are not",
+            "q_proj.weight is stored as int8; save the model in float32",
         ),
     ],
 )

@@ -35,7 +35,6 @@ _ZERO_POINT = "_zero_point"
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _VALUES_AT_ONCE = 1 << 24  # in float32, and with what is computed on the way, some 300 MB
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_PACKED = (*_FP8, torch.int8, torch.uint8, torch.int32)  # what no plain weight is stored as
 # How activations are quantised, which is no property of the weights.
 _OF_ACTIVATIONS = (
     "activation_scale", "input_scale", "input_scale_ub", "input_zero_point", "input_global_scale",
@@ -303,17 +302,11 @@ def dequantised(
 
 
 def _check_is_plain(tensors: Mapping[str, StoredTensor], how: Quantisation, label: str) -> None:
-    """Check that nothing quantised is left, and no scale of something that is not."""
-    for name, tensor in tensors.items():
+    """Check that no scale is left of something that is not quantised."""
+    for name in tensors:
         owner = name.removesuffix(how.scale)
         if owner != name and owner in tensors:
             found = str(tensors[owner].spec.dtype).removeprefix("torch.")
             raise CheckpointError(
                 f"{label} has {name} beside {owner} in {found}, which is not quantised; {AGAIN}"
-            )
-        if tensor.spec.dtype in _PACKED and len(tensor.spec.shape) > 1:
-            found = str(tensor.spec.dtype).removeprefix("torch.")
-            raise CheckpointError(
-                f"{label}: {name} is stored as {found}, which {how.method} weights of its config "
-                f"are not; {AGAIN}"
             )
