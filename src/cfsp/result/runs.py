@@ -93,30 +93,14 @@ class RunFacts:
         return [fact for fact in self.facts if fact.heading == heading]
 
     def sides_in(self, models: Sequence[Mapping[str, Any]]) -> Sides:
-        """Return what results have of this run and of its original.
-
-        Results may be of another machine or folder, or of what was there before: weights tell, and
-        names where one side does not know them.
-        """
-        found: dict[str, Mapping[str, Any]] = {}
-        for model in models:
-            named, weights = self.called(model), model.get("fingerprint")
-            known = {
-                "after": self._fingerprint if weights else None,
-                "before": self._base.get("fingerprint") if weights else None,
-            }
-            same = [side for side, own in known.items() if own is not None and own == weights]
-            unknown = [side for side, own in known.items() if own is None]
-            # Both may have the same weights, where nothing was removed.
-            sides = [side for side in (*same, *unknown) if named[side]] or same
-            found |= dict.fromkeys(sides[:1], model)
-        return found
-
-    def called(self, model: Mapping[str, Any]) -> Mapping[str, bool]:
-        """Return whether a model of results has the name of this run, and of its original."""
-        name = str(model["model"])
-        is_here = Path(name).resolve() == self.directory.resolve()
-        return {"after": is_here, "before": name == self.base_name}
+        """Return what results have of this run and of its original, which are known by weights."""
+        prints = {"before": self._base.get("fingerprint"), "after": self._fingerprint}
+        return {
+            side: model
+            for model in models
+            for side, own in prints.items()
+            if own is not None and model.get("fingerprint") == own
+        }
 
     @cached_property
     def _fingerprint(self) -> str | None:
@@ -258,10 +242,9 @@ def _row(facts: dict[str, Fact], runs: Sequence[RunFacts], name: str) -> Row:
 def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunFacts]:
     """Add what `cfsp eval --json` or `cfsp bench --json` measured to the runs it measured.
 
-    A model of the results is one of the runs, or a run's original, if it has its name or weights.
+    A model of the results is one of the runs, or a run's original, if it has its weights.
     """
     models = results["models"]
-    names = [str(model["model"]) for model in models]
     facts_of = partial(speed_facts, models[0]) if "workloads" in models[0] else _quality_facts
     sides = [run.sides_in(models) for run in runs]
     extended = [
@@ -273,30 +256,19 @@ def with_results(runs: Sequence[RunFacts], results: dict[str, Any]) -> list[RunF
         for run, both in zip(runs, sides, strict=True)
     ]
     told = [model for both in sides for model in both.values()]
-    if not any("after" in both for both in sides) and any(each not in told for each in models):
+    others = [str(model["model"]) for model in models if model not in told]
+    if others and not any("after" in both for both in sides):
         raise ReportError(
             "the results are of none of the runs, by their weights; they are of: "
-            f"{', '.join(names)}; measure again what has changed since"
+            f"{', '.join(str(model['model']) for model in models)}; measure again what has changed "
+            "since"
         )
-    for run, both in zip(runs, sides, strict=True):
-        others = [
-            name
-            for name, called in zip(names, map(run.called, models), strict=True)
-            if any(called[side] and side not in both for side in called)
-        ]
-        for name in others:
-            logger.warning(
-                "%s: the results of %s are of other weights and left out; measure again what "
-                "has changed since",
-                *(run.name, name),
-            )
-        against = both.get("after", {}).get("agreement")
-        if against and "before" not in both and not others:
-            logger.warning(
-                "%s: its agreement in the results, on text or answers, is with %s, which is not "
-                "what it was made from; it is left out",
-                *(run.name, against["against"]),
-            )
+    if others:
+        logger.warning(
+            "left out of the results: %s, whose weights no run here has and none was made from; "
+            "measure again what has changed since",
+            ", ".join(others),
+        )
     return extended
 
 
