@@ -143,6 +143,13 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {reason}".rstrip(" :")
 
 
+def why_unread(error: Exception) -> str:
+    """Return why a file was not read: the system's own words, without its number and the path."""
+    if isinstance(error, IsADirectoryError):
+        return "it is a directory, expected a file in it"
+    return str(getattr(error, "strerror", None) or error)
+
+
 # What comes of JSON in which something is missing, or of another type than expected.
 OF_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
 

@@ -68,6 +68,7 @@ PLANS = [
         ("{plan} is not a pruning plan", raw("plan", b"[" * 100_000)),
         ("cannot read the plan {plan}", raw("plan", b"\xff\xfe\x00")),
     ),
+    BadInput(f"{OBEY} {{pruned}}", "it is a directory, expected a file in it", "cfsp_plan.json"),
     BadInput(f"{OBEY} {{inputs}}/x", "cannot read the plan {inputs}/x", "cfsp prune --dry-run"),
 ]
 

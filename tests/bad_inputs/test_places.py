@@ -135,6 +135,7 @@ RUNS = [
         ("{pruned}/cfsp.json is damaged", manifest(lambda f: f.update(criterion=[]))),
     ),
     BadInput("report {model}", "{model} has no cfsp.json", "needs a directory that cfsp prune"),
+    BadInput("compare {pruned}", "it is a directory, expected a file", "--out {pruned}.json"),
     BadInput("compare {text}", "cannot read {text}", "make it with: cfsp eval"),
     BadInput("report {pruned} {text}", "cannot read {text}", "make it with: cfsp eval"),
     BadInput("report {pruned} " + 999 * "x", "File name too long", "give another path"),

@@ -291,7 +291,7 @@ def test_mistakes_are_told_before_anything_is_loaded(models, argv, command, monk
     monkeypatch.setattr("cfsp.quality.evaluate.load", never)
     for wrong, message in (
         (["eval", models[0], "--answers"], "add --against DENSE"),
-        ([*argv, "--answers", "nowhere.jsonl"], "nowhere.jsonl is neither a file nor a known"),
+        ([*argv, "--answers", "nowhere.jsonl"], "nowhere.jsonl does not exist; give a .jsonl or"),
     ):
         assert message in command(*wrong, status=2).err
     with monkeypatch.context() as patch:

@@ -18,7 +18,7 @@ from cfsp.architecture.block_names import index_without, removed_in_words
 from cfsp.checkpoint.locating import given_path
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import WeightSource
-from cfsp.errors import PlanError
+from cfsp.errors import PlanError, why_unread
 from cfsp.planning.unit_plan import MAX_BLOCKS, UnitPlan, unit_from_json
 from cfsp.settings import COUNTED, PARTS, UNIT_PARTS, Part
 
@@ -290,7 +290,8 @@ class PruningPlan:
             text = given_path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(
-                f"cannot read the plan {path}: {error}; make one with: cfsp prune --dry-run"
+                f"cannot read the plan {path}: {why_unread(error)}; name one such as "
+                "smaller/cfsp_plan.json, or make one with: cfsp prune --dry-run"
             ) from error
         return cls.from_json(text, str(path))
 

@@ -24,6 +24,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from cfsp.calibration.calibrate import check_tokens
+from cfsp.checkpoint.locating import exists
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.errors import TextError, UsageError
@@ -95,9 +96,13 @@ class Questions:
 
 
 def _first_turns(name: str) -> Iterator[tuple[str, str]]:
-    source = TextSource(name, "evaluation")
+    source, number = TextSource(name, "evaluation"), 0
+    if isinstance(source.place[0], Path) and not exists(source.place[0]):
+        raise TextError(
+            f"--answers: {name} does not exist; give a .jsonl or .parquet file of chats, or a "
+            "number of the questions that come with cfsp"
+        )
     source.open()
-    number = 0
     for number, chat in enumerate(source.documents() if source.is_chat else (), start=1):
         turns = [message["content"] for message in chat if message["role"] == "user"]
         if not turns:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.checkpoint.output import write_atomically
-from cfsp.errors import OF_DAMAGE, OutputError, ReportError, damage_as
+from cfsp.errors import OF_DAMAGE, OutputError, ReportError, damage_as, why_unread
 from cfsp.processes import Team
 from cfsp.streaming.work_dir import WorkDir, output_work_dir, remove_finished_work
 
@@ -77,8 +77,8 @@ def read_results(path: Path) -> dict[str, Any]:
         found: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ReportError(
-            f"cannot read {path}: {error}; make it with: cfsp eval ... --out "
-            f"{shlex.quote(str(path))}"
+            f"cannot read {path}: {why_unread(error)}; make it with: cfsp eval ... --out "
+            f"{shlex.quote(str(path.with_suffix('.json') if path.is_dir() else path))}"
         ) from error
     results: dict[str, Any] = found if isinstance(found, dict) else {}
     models = results.get("models")
