@@ -45,7 +45,8 @@ def changed_copy(run: Path, out: Path, change: Callable[[dict[str, Any]], None])
 
 def measured(text: str, before: float, after: float, **conditions: Any) -> dict[str, Any]:
     """Return a manifest's perplexity, on 12 windows of 512 tokens unless told otherwise."""
-    common = {"windows": 12, "seqlen": 512, "bos": False, "evaluation_part": False, **conditions}
+    common = {"windows": 12, "seqlen": 512, "bos": False, "evaluation_part": False}
+    common |= {"tokens_digest": "1" * 64, "dtype": "float32", **conditions}
     tokens = common["windows"] * (common["seqlen"] - 1)
     return {text: {"before": before, "after": after, "tokens": tokens, **common}}
 
@@ -65,6 +66,7 @@ def recovered(manifest: dict[str, Any]) -> None:
             "data": {"sources": {text: 10}},
             "steps": 20,
             "tokens_in_step": 512,
+            "tokens": 10_240,
             "tokens_per_second": 300.0,
             "history": HISTORY,
             "perplexity": {text: {**value, "before": value["after"], "after": 123.25}},

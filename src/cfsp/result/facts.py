@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from cfsp.architecture.block_names import blocks_in_words, counted, removed_in_words
@@ -61,22 +61,13 @@ class Conditions:
     seqlen: int
     bos: bool
     evaluation_part: bool  # of the text, that nothing is calibrated or trained on
-    tokens_digest: str  # of the windows; '' where an older version measured
-    dtype: str  # that it was computed in; '' where an older version measured
+    tokens_digest: str  # of the windows
+    dtype: str  # that it was computed in
 
     @classmethod
     def of(cls, text: str, entry: Mapping[str, Any]) -> Conditions:
         """Return those of an entry of a manifest or of `cfsp eval --json`."""
-        return cls(
-            text,
-            int(entry["tokens"]),
-            int(entry["windows"]),
-            int(entry["seqlen"]),
-            bool(entry["bos"]),
-            bool(entry["evaluation_part"]),
-            str(entry.get("tokens_digest", "")),
-            str(entry.get("dtype", "")),
-        )
+        return cls(text, *(entry[each.name] for each in fields(cls)[1:]))
 
     def beside(self, models: Mapping[str, Mapping[str, Any]]) -> str:
         """Return all but the text, and which models have read it, given their manifests by name."""
@@ -93,10 +84,10 @@ class Conditions:
         return f"{self}; {who}calibrated or trained on {text}"
 
     def __str__(self) -> str:
-        """Return all but the text: `12 windows of 1,024 tokens, with BOS`."""
+        """Return all but the text: `12 windows of 1,024 tokens, with BOS, in float32`."""
         bos = "with BOS" if self.bos else "without BOS"
-        how = f"{counted(self.windows, 'windows')} of {self.seqlen:,} tokens, {bos}"
-        return f"{how}, in {self.dtype}" if self.dtype else how
+        windows = counted(self.windows, "windows")
+        return f"{windows} of {self.seqlen:,} tokens, {bos}, in {self.dtype}"
 
 
 def recoveries(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -148,12 +139,7 @@ def perplexities(manifest: Mapping[str, Any]) -> dict[Conditions, dict[str, floa
         sides += [(before, "before", stages[0]), ("recovered", "after", stages[-1])]
     for model, side, table in sides:
         for text, value in (table.get("perplexity") or {}).items():
-            how = Conditions.of(text, value)
-            # A version that noted no dtype has pruned what this one recovered.
-            same = (each for each in found if not each.dtype and each == replace(how, dtype=""))
-            if unnoted := next(same, None):
-                found[how] = found.pop(unnoted)
-            found.setdefault(how, {})[model] = float(value[side])
+            found.setdefault(Conditions.of(text, value), {})[model] = float(value[side])
     return found
 
 
@@ -250,9 +236,7 @@ def size_facts(manifest: Mapping[str, Any], weight_bytes: int = 0) -> list[Fact]
         detail = f"of {blocks_in_words(removed)}"
         count = Number(len(removed))
         facts.append(Fact(SIZE, "attention layers removed", COUNT, after=count, detail=detail))
-    widths = {"before": manifest["widths_before"], "after": manifest["intermediate_sizes"]}
-    # Of experts a width is that of one; more is not in an older manifest.
-    channels = manifest.get("ffn_channels") or {side: sum(of) for side, of in widths.items()}
+    channels = manifest["ffn_channels"]
     facts.append(fact("FFN channels", channels["before"], channels["after"]))
     for key, noun in _OTHER_PARTS.items():
         if part := manifest.get(key):

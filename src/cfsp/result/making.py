@@ -138,9 +138,7 @@ def texts_in_words(table: Mapping[str, Any] | None) -> str:
 
 def trained_in_words(recovery: Mapping[str, Any]) -> str:
     """Return how many windows were trained on, and those of each text that they were drawn from."""
-    # An older manifest has those of a step alone.
-    tokens = recovery.get("tokens", recovery["steps"] * recovery["tokens_in_step"])
-    read = counted(tokens // recovery["training"]["seqlen"], "windows")
+    read = counted(recovery["tokens"] // recovery["training"]["seqlen"], "windows")
     return f"{read}, drawn from {texts_in_words(recovery.get('data'))}"
 
 
