@@ -154,12 +154,12 @@ def test_a_sweep_does_not_go_on_with_another_text_or_other_weights(
     for other in (whole[3_000:], whole[3_000:] + whole[:3_000]):  # of fewer windows, and of as many
         text.write_text(other)
         error = command(*argv, status=2).err
-        assert "cfsp-0.5 was made by another text than there is now" in error
+        assert "holds a sweep by other settings" in error and "other calibration text); c" in error
     text.write_text(whole)
     edit_tensors(copied / "model.safetensors", lambda found: found["model.norm.weight"].add_(0.1))
-    (out / "dense.json").unlink()  # which is of the weights before, and refused
+    (out / "dense.json").unlink()
     error = command(*argv, status=2).err
-    assert f"{out / 'cfsp-0.5'} was made from other weights than {copied} has now; choose" in error
+    assert "other weights, config or tokenizer); choose another --out" in error
     assert not (out / "dense.json").exists()  # it was told before the work
 
 
@@ -175,7 +175,7 @@ def test_a_sweep_goes_on_where_it_stopped(sweep, command):
     assert (out / "cfsp-0.25" / "cfsp.json").stat().st_mtime_ns == untouched
     assert not (out / ".working").exists()
     error = command(*arguments, "--seed", 1, status=2).err
-    assert "holds a sweep by other settings" in error
+    assert "holds a sweep by other settings" in error and "sweep.json: other seed, " in error
     assert error.count("\n") == 1
 
 
@@ -324,7 +324,6 @@ def test_only_what_was_measured_alike_is_compared(sweep, text_file, command, old
     path = out / "dense.json" if older is None else out / older / "cfsp.json"
     whole = path.read_text()
     found = json.loads(whole)
-    (found if older else found["models"][0])["perplexity"][str(text_file)]["bos"] = True
     if older is None:
         damaged = {**found, "models": [{**found["models"][0], "perplexity": {"a": 1}}]}
         path.write_text(json.dumps(damaged))
@@ -332,11 +331,12 @@ def test_only_what_was_measured_alike_is_compared(sweep, text_file, command, old
         assert f"{path} is damaged" in error and "; delete it and run the sweep again" in error
         path.write_text(json.dumps({**found, "models": []}))
         assert f"{path} exists and holds something else" in command(*arguments, status=2).err
+        path.unlink()
+        error = command(*arguments, "--dtype", "bfloat16", status=2).err
     else:
-        conditions = {**found["perplexity"][str(text_file)], "seqlen": None}
         for damaged in (
             json.dumps({**found, "perplexity": None}),
-            json.dumps({**found, "perplexity": {"a": conditions}}),
+            json.dumps({**found, "perplexity": {"a": {"before": 1}}}),
             json.dumps({**found, "comparison": [1]}),
             json.dumps({**found, "comparison": None}),
             json.dumps({**found, "comparison": {}}),
@@ -347,10 +347,13 @@ def test_only_what_was_measured_alike_is_compared(sweep, text_file, command, old
             error = command(*arguments, status=2).err
             assert f"{path} is damaged" in error
             assert f"; delete {path.parent} and run the sweep again" in error
-    path.write_text(json.dumps(found))
-    if older is None:
-        shutil.rmtree(out / "cfsp-0.25")  # and made again
-    error = command(*arguments, status=2).err
+        (measured,) = found["perplexity"].values()
+        path.write_text(json.dumps({**found, "perplexity": {"another": measured}}))
+        error = command(*arguments, status=2).err
+        assert f"{out / 'cfsp-0.25'} was not measured as the dense model" in error
+        found["sweep"]["measured"] = "otherwise"
+        path.write_text(json.dumps(found))
+        error = command(*arguments, status=2).err
     assert f"{out / 'cfsp-0.25'} was not measured as the dense model" in error
     path.write_text(whole)
 

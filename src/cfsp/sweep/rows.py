@@ -12,9 +12,7 @@ from typing import Any
 
 from cfsp.architecture.block_names import counted
 from cfsp.checkpoint.output import write_atomically
-from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import OutputError
-from cfsp.result.facts import Conditions
 from cfsp.result.manifest import read_manifest, refusing_damage
 from cfsp.result.tables import Table, estimate, pareto_front
 from cfsp.sweep.settings import Point
@@ -31,25 +29,20 @@ class Row:
     perplexity: Mapping[str, Mapping[str, Any]]  # by text, as `cfsp eval --json` has it
     directory: str | None = None
     comparison: dict[str, Any] | None = None  # what `cfsp.quality.compare.compare` gives
-    asked: str | None = None  # the digest of questions and tasks; None of an older version
+    measured: str = ""  # the digest of all that it was measured by
 
     def __post_init__(self) -> None:
         # Damage of the file that they are read from shows now.
-        _ = self.values, self.conditions, self.beside_dense, self.left_out
+        _ = self.values, self.beside_dense, self.left_out
 
     @staticmethod
-    def of(point: Point, directory: Path, dense: Checkpoint) -> Row:
-        """Return what the manifest of a model says, which was made from the dense one as it is."""
+    def of(point: Point, directory: Path) -> Row:
+        """Return what the manifest of a model says."""
         instead = f"delete {directory} and run the sweep again"
         manifest = read_manifest(directory, instead)
         if manifest is None or "sweep" not in manifest:
             raise OutputError(f"{directory} is no model of a sweep; {instead}")
         with refusing_damage(directory, instead):
-            if manifest["base_model"]["fingerprint"] != dense.fingerprint:
-                raise OutputError(
-                    f"{directory} was made from other weights than {dense.label} has now; choose "
-                    "another --out"
-                )
             return Row(
                 point.name,
                 point.method,
@@ -62,18 +55,13 @@ class Row:
                 },
                 str(directory),
                 dict(manifest["comparison"]),
-                dict(manifest["sweep"]).get("asked"),
+                str(manifest["sweep"]["measured"]),
             )
 
     @property
     def values(self) -> dict[str, float]:
         """Perplexity by text."""
         return {text: float(found["value"]) for text, found in self.perplexity.items()}
-
-    @property
-    def conditions(self) -> set[Conditions]:
-        """Under which perplexities were measured."""
-        return {Conditions.of(text, found) for text, found in self.perplexity.items()}
 
     @property
     def left_out(self) -> list[str]:

@@ -30,7 +30,6 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.decide import NOTHING_KNOWN, Known
 from cfsp.errors import CfspError, OutputError, damage_as
 from cfsp.pipeline import decide_all, digest_of, prune_checkpoint, pruning_identity
-from cfsp.planning.importance import COARSE_WINDOWS
 from cfsp.progress import item_progress
 from cfsp.pruning_cost import doubts, say_doubts
 from cfsp.quality.answers import Questions
@@ -41,7 +40,7 @@ from cfsp.quality.results_file import measured_model, read_results
 from cfsp.quality.tasks.harness import TaskRunner
 from cfsp.quality.tasks.selection import DEFAULT_BATCH, TaskSelection
 from cfsp.repair.result import PruningResult
-from cfsp.result.manifest import add_to_manifest, read_manifest, refusing_damage
+from cfsp.result.manifest import add_to_manifest
 from cfsp.selection.constraint import Share
 from cfsp.settings import Compute, Part
 from cfsp.streaming.memory import hidden_budget
@@ -56,7 +55,6 @@ from cfsp.sweep.rows import Row
 from cfsp.sweep.settings import Point, SweepSettings
 from cfsp.text.drawing import draw_text
 from cfsp.text.tokenizers import load_tokenizer
-from cfsp.text.windows import few_windows
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +73,6 @@ class _Sweep:
     compute: Compute
     exam: Exam
 
-    def row_of(self, point: Point) -> Row:
-        """Return the row of a model that is there."""
-        return Row.of(point, self.out / point.name, self.source)
-
 
 def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: str) -> list[Row]:
     """Make every model of a sweep that is not there yet, and return the whole table."""
@@ -94,17 +88,16 @@ def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: 
     sweep = _Sweep(points, opened(points[0].parts), opened, out, compute, exam)
     check_is_outside(out, sweep.source.directory)
     with created_parents(out), exclusive(out), _kept(sweep):
-        _claim(out, settings)
+        windows = _claim(sweep, settings)
         for point in points:
             remove_finished_work(out / point.name)
         missing = [point for point in points if not (out / point.name).is_dir()]
-        _ = [sweep.row_of(point) for point in points if point not in missing]  # told before work
-        windows = _check(sweep) if missing else 0
         budget = hidden_budget(compute.memory_budget)
         with temporary_work_dir(budget // (4 * (len(settings.eval) + 1))) as passes:
             dense = Dense(sweep.source, {}, passes)
             (found,) = evaluate_models((), exam, against=dense, out=out / _DENSE_FILE)
-            dense, asked = replace(dense, result=found), _asked(out)
+            dense, row = replace(dense, result=found), _dense_row(sweep, found)
+            _rows(sweep, [point for point in points if point not in missing], row)
             say_doubts(
                 doubt
                 for point in missing
@@ -115,9 +108,9 @@ def run_sweep(settings: SweepSettings, out: Path, compute: Compute, *, command: 
                     to_make = [each for each in missing if each.parts == parts]
                     with _decided(sweep, parts, to_make[-1]) as decided:
                         for point in to_make:
-                            _make(sweep, point, decided[point.name], dense, asked, command)
+                            _make(sweep, point, decided[point.name], dense, row.measured, command)
                             bar.update()
-        return _rows(sweep, found, asked)
+        return [row, *_rows(sweep, points, row)]
 
 
 @contextmanager
@@ -139,52 +132,35 @@ def _kept(sweep: _Sweep) -> Iterator[None]:
         raise
 
 
-def _claim(out: Path, settings: SweepSettings) -> None:
+def _claim(sweep: _Sweep, settings: SweepSettings) -> int:
     """Write down what the directory is for; refuse one that is for something else.
 
-    The lists may change: each model is made and measured as if it were alone.
+    The lists may change: each model is made and measured as if it were alone. Returns the number of
+    windows to calibrate on.
     """
-    path, text = out / SWEEP_FILE, json.dumps(vars(settings), indent=2) + "\n"
+    out, source = sweep.out, sweep.source
+    for point in sweep.points:
+        Share(sweep.opened(point.parts), point.settings.budget).check()
+    drawn = draw_text(sweep.points[0].settings.text, load_tokenizer(source.directory))
+    made_of = {"weights, config or tokenizer": source.identity, "calibration text": drawn.digest}
+    path, text = out / SWEEP_FILE, json.dumps({**vars(settings), **made_of}, indent=2) + "\n"
     remove_abandoned(path)
     if path.is_file():
         now = json.loads(text)
         with damage_as(OutputError, path, "choose another --out"):
             before = dict(json.loads(path.read_text(encoding="utf-8")))
-        if {**before, **{name: now[name] for name in ("sparsity", "methods")}} != now:
+        changed = [name for name in now if before.get(name) != now[name]]
+        if others := [name for name in changed if name not in ("sparsity", "methods")]:
             raise OutputError(
-                f"{out} holds a sweep by other settings ({path}); choose another --out, or repeat "
-                "that command to go on with it"
+                f"{out} holds a sweep by other settings ({path}: other {', '.join(others)}); "
+                "choose another --out, or repeat that command to go on with it"
             )
-        if before != now:  # one pass chooses for all models of a list: what is left of it is over
+        if changed:  # one pass chooses for all models of a list: what is left of it is over
             for work in out.glob("*.work"):
                 remove_work(out / work.stem)
     elif any(out.iterdir()):
         raise OutputError(f"{out} exists, is not empty and is no sweep; choose another --out")
     write_atomically(path, text.encode())
-
-
-def _check(sweep: _Sweep) -> int:
-    """Check all that is not checked when the dense model is measured, before that.
-
-    Returns the number of windows to calibrate on.
-    """
-    source, text = sweep.source, sweep.points[0].settings.text
-    for point in sweep.points:
-        own = sweep.opened(point.parts)
-        Share(own, point.settings.budget).check()
-    drawn = draw_text(text, load_tokenizer(source.directory))
-    # Blocks and attention layers are chosen from a few of them.
-    expected = {drawn.digest, few_windows(drawn, COARSE_WINDOWS).digest}
-    for directory in (sweep.out / point.name for point in sweep.points):
-        manifest = read_manifest(directory) if directory.is_dir() else None
-        with refusing_damage(directory):
-            read = [manifest["calibration"], manifest["repair"].get("text", {})] if manifest else []
-            digests = {each["tokens_digest"] for each in read if each}
-        if not digests <= expected:
-            raise OutputError(
-                f"{directory} was made by another text than there is now; delete it and run the "
-                "sweep again"
-            )
     return len(drawn.tokens_NT)
 
 
@@ -209,7 +185,7 @@ def _decided(
 
 
 def _make(
-    sweep: _Sweep, point: Point, decided: PruningResult, dense: Dense, asked: str, command: str
+    sweep: _Sweep, point: Point, decided: PruningResult, dense: Dense, measured: str, command: str
 ) -> None:
     """Prune and measure one model, in a place that is empty even after a kill."""
     own, known = sweep.opened(point.parts), Known(decided=decided)
@@ -226,7 +202,7 @@ def _make(
             "sweep": {
                 "method": point.method,
                 "sparsity": point.settings.budget.sparsity,
-                "asked": asked,
+                "measured": measured,
             },
         }
         add_to_manifest(working, facts)
@@ -237,21 +213,26 @@ def _make(
         shutil.rmtree(working, ignore_errors=True)
 
 
-def _asked(out: Path) -> str:
-    """Return the digest of the questions and tasks that a sweep measures by."""
-    found = read_results(out / _DENSE_FILE)["identity"]
-    return digest_of({name: found[name] for name in ("answers", "tasks")})
-
-
-def _rows(sweep: _Sweep, dense: dict[str, Any], asked: str) -> list[Row]:
-    """Return the rows of all models, the dense one first; all were measured as that was."""
-    rows = [sweep.row_of(point) for point in sweep.points]
-    with damage_as(OutputError, sweep.out / _DENSE_FILE, "delete it and run the sweep again"):
-        first = Row("dense", None, 0.0, sweep.source.parameter_count, dense["perplexity"])
+def _rows(sweep: _Sweep, points: Sequence[Point], dense: Row) -> list[Row]:
+    """Return the rows of models, which were measured as the dense one was."""
+    rows = [Row.of(point, sweep.out / point.name) for point in points]
     for row in rows:
-        if row.conditions != first.conditions or row.asked not in (None, asked):
+        if row.measured != dense.measured or row.values.keys() != dense.values.keys():
             raise OutputError(
                 f"{row.directory} was not measured as the dense model of its sweep was, perhaps by "
                 f"another version; delete it and {_DENSE_FILE} beside it, and run the sweep again"
             )
-    return [first, *rows]
+    return rows
+
+
+def _dense_row(sweep: _Sweep, found: dict[str, Any]) -> Row:
+    """Return the row of the dense model, with the digest of all that it was measured by."""
+    path = sweep.out / _DENSE_FILE
+    asked = read_results(path)["identity"]
+    with damage_as(OutputError, path, "delete it and run the sweep again"):
+        # Measured is measured, whatever versions there are now.
+        measured = digest_of({name: each for name, each in asked.items() if name != "version"})
+        return Row(
+            *("dense", None, 0.0, sweep.source.parameter_count, found["perplexity"]),
+            measured=measured,
+        )
