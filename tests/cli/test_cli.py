@@ -24,7 +24,7 @@ from cfsp.cli.output import show_messages, tell
 from cfsp.errors import ELSEWHERE, UsageError, first_line
 from cfsp.result.manifest import read_manifest
 from cfsp.result.names import public_command
-from cfsp.settings import Budget, CalibrationText, Criterion
+from cfsp.settings import Budget, CalibrationText, Criterion, EvaluationText
 from cfsp.text.drawing import draw_text, say_default
 from cfsp.text.windows import Windows
 from tiny_decoders import tiny_model
@@ -123,6 +123,8 @@ def test_what_is_typed_becomes_settings_and_the_rest_is_theirs():
     assert settings_from(args, Budget) == Budget(0.2, multiple=8)
     args = build_parser().parse_args([*argv, "--multiple", "auto", "--widths", "equal"])
     assert settings_from(args, Budget) == Budget(0.2, widths="equal")
+    args = build_parser().parse_args([*argv, "--windows", "all"])
+    assert settings_from(args, EvaluationText) == EvaluationText(windows=None)
     assert settings_from(args, CalibrationText) == CalibrationText(("a", "b"))
     assert settings_from(args, Criterion) == Criterion()
 

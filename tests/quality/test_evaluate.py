@@ -271,7 +271,7 @@ def test_a_bounded_number_of_windows_is_read_unless_all_are_asked_for(model, tex
     every = consecutive_windows(str(text_file), load_tokenizer(model), count=None, seqlen=96)
     assert windows("--windows", "all") == len(every.tokens_NT) > 12
     error = command(*argv, "--windows", 0, status=2).err
-    assert "expected a number of windows from 1, or all, found '0'" in error
+    assert "--windows must be at least 1, found 0" in error
 
 
 def test_a_mistaken_text_is_told_before_any_work(tiny_checkpoint, text_file, tmp_path, monkeypatch):

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.architecture.block_names import counted
-from cfsp.cli.options import Parser, add_compute, add_options, kind_of, settings_from
+from cfsp.cli.options import Parser, add_compute, add_options, kind_of, settings_from, typed
 from cfsp.cli.output import Told, estimate, print_table
 from cfsp.errors import UsageError
 from cfsp.processes import check_is_alone, joined, take_own_accelerator
 from cfsp.quality.tasks.selection import DEFAULT_BATCH, TaskSelection
-from cfsp.settings import BOS, DEFAULT_QUESTIONS, Compute, EvaluationText, names_in
+from cfsp.settings import DEFAULT_QUESTIONS, Compute, EvaluationText, from_names, names_in
 from cfsp.text.sources import check_texts
 
 # What says how to measure something, by the option that asks for it.
@@ -41,22 +41,8 @@ def add_options_to(parser: Parser) -> None:
     )
     text = parser.add_argument_group("perplexity")
     text.add_argument("--data", action="append", metavar="TEXT", help="as for prune; repeatable")
-    text.add_argument(
-        "--windows",
-        type=_windows,
-        default=12,
-        metavar="N",
-        help="first N windows of each text, or all (default: 12)",
-    )
-    text.add_argument(
-        "--seqlen",
-        type=int,
-        metavar="T",
-        help="tokens in a window (default: 1024, or what the models can read if that is less)",
-    )
-    text.add_argument(
-        "--bos", default="auto", choices=BOS, help="as `cfsp prune --help-all` says (default: auto)"
-    )
+    fields = ("windows", "seqlen", "bos")
+    add_options(parser, text, EvaluationText, fields=fields, hides=False)
     _add_tasks(parser)
     add_answers(parser.add_argument_group("answers in the chat template, beside the dense model's"))
     add_compute(parser)
@@ -101,8 +87,7 @@ def run(args: argparse.Namespace) -> Told:
         raise UsageError("expected --data, --tasks, --answers or several, found none")
     for owner, names in _ABOUT.items():
         for name in names:
-            is_given = getattr(args, name) != args.parser.get_default(name)
-            if is_given and not getattr(args, owner):
+            if getattr(args, name) is not None and not getattr(args, owner):
                 raise UsageError(f"--{name.replace('_', '-')} is about --{owner}; add --{owner}")
     if args.tasks or args.answers:
         alone = "--tasks" if args.tasks else "--answers"
@@ -119,7 +104,7 @@ def run(args: argparse.Namespace) -> Told:
     from cfsp.quality.results_file import refusing_damage
     from cfsp.quality.tasks.harness import TaskRunner
 
-    texts = EvaluationText(tuple(args.data or ()), args.windows, args.seqlen, args.bos)
+    texts = from_names(EvaluationText, typed(args), names=args.data or ())
     questions = Questions.of(args.answers) if args.answers else None
     runner = TaskRunner.of(selection) if selection else None
     compute = settings_from(args, Compute)
@@ -144,24 +129,15 @@ def run(args: argparse.Namespace) -> Told:
     return (found, say) if team.is_first else None
 
 
-def _windows(text: str) -> int | None:
-    return None if text == "all" else _count("windows from 1, or all", text)
-
-
 def _asked(text: str) -> int | str:
     if text.lower().endswith((".jsonl", ".parquet", ":messages")):
         return text
-    return _count("questions or a .jsonl file, with the models before --answers", text)
-
-
-def _count(what: str, text: str) -> int:
-    try:
-        count = int(text)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of {what}, found {text!r}")
-    return count
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(
+            "expected a number of questions or a .jsonl file, with the models before --answers, "
+            f"found {text!r}"
+        )
+    return int(text)
 
 
 def _print(found: dict[str, Any], args: argparse.Namespace) -> None:

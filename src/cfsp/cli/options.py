@@ -137,10 +137,11 @@ def add_options(
     *,
     fields: Sequence[str] | None = None,
     nargs: str | None = None,
+    hides: bool = True,
 ) -> None:
     """Add the options of a class of settings, or of some of its fields, to a group of a parser.
 
-    `nargs` is argparse's.
+    `nargs` is argparse's; it `hides` those that only a researcher sets.
     """
     for name, option in options_of(settings).items():
         if fields is not None and name not in fields:
@@ -158,7 +159,7 @@ def add_options(
         elif not option.choices:
             facts |= {"type": kind_of(option.kind), "nargs": nargs}
         action = group.add_argument(option.typed, **facts)
-        if option.advanced:
+        if option.advanced and hides:
             parser.hide(action)
 
 
@@ -209,9 +210,10 @@ def kind_of(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
     def parse(text: str) -> Any:
         try:
-            return kind(text)
+            value = kind(text)
         except CfspError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
+        return text if value is None else value  # None is what was not typed
 
     parse.__name__ = getattr(kind, "__name__", "value")
     return parse

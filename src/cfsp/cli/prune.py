@@ -21,7 +21,6 @@ from cfsp.settings import (
     DEFAULT_PARTS,
     EFFORTS,
     GOALS,
-    REPAIRS,
     Budget,
     CalibrationText,
     Compute,
@@ -51,7 +50,7 @@ def add_options_to(parser: Parser) -> None:
         help="say what memory, disk and time it takes, how small the model becomes, and stop",
     )
     add_options(parser, parser, CalibrationText)
-    add_options(parser, parser, EvaluationText)
+    add_options(parser, parser, EvaluationText, fields=("names", "windows"))
     parser.add_argument(
         "--effort",
         choices=tuple(EFFORTS),
@@ -59,12 +58,7 @@ def add_options_to(parser: Parser) -> None:
         help="fast: no repair; standard (default): least squares; best: training, too, which "
         "takes several times as long",
     )
-    add_advanced(
-        parser,
-        "--repair",
-        choices=REPAIRS,
-        help="the repair by its name, instead of --effort: each includes those before it",
-    )
+    add_options(parser, parser, PruneSettings)
     add_options(parser, parser, Compute)
     add_advanced(
         parser,

@@ -35,7 +35,7 @@ def add_options_to(parser: Parser) -> None:
         help="to train on: as for prune, or conversations (column `messages`, of which answers "
         "are learnt); repeatable (default: mixed, nine kinds of text that come with cfsp)",
     )
-    add_options(parser, text, EvaluationText)
+    add_options(parser, text, EvaluationText, fields=("names", "windows"))
     add_options(parser, text, Training, fields=("seqlen",))
     length = parser.add_argument_group("how long").add_mutually_exclusive_group()
     add_options(parser, length, Limit)

@@ -53,7 +53,7 @@ def add_options_to(parser: Parser) -> None:
     add_options(parser, parser, Budget, fields=("multiple",))
     add_options(parser, parser, CalibrationText)
     measured = parser.add_argument_group("measuring")
-    add_options(parser, measured, EvaluationText)
+    add_options(parser, measured, EvaluationText, fields=("names", "windows"))
     add_answers(measured)
     measured.add_argument(
         "--tasks",

@@ -139,9 +139,7 @@ def recover(
         training=from_names(Training, how, limit=limit),
         adaptation=from_names(Adaptation, advanced, method=method),
         teacher=NO_TEACHER if teacher is None else str(teacher),
-        evaluation=from_names(
-            EvaluationText, advanced, names=texts_of(eval), bos=advanced.get("bos") or "auto"
-        ),
+        evaluation=from_names(EvaluationText, advanced, names=texts_of(eval), seqlen=None),
         compute=from_names(Compute, others, device=device),
     )
     if method == "full" and (of_adapters := given_of(Adaptation, advanced)):

@@ -171,14 +171,17 @@ def fraction(text: str) -> float:
         raise UsageError(f"expected a fraction such as 0.2 or 20%, found {text!r}") from None
 
 
-def number_or_auto(text: str) -> int | None:
-    """Return the number, or None for `auto`."""
-    if text == "auto":
+def _number_or(word: str, text: str) -> int | None:
+    """Return the number, or None for a word."""
+    if text == word:
         return None
     try:
         return int(text)
     except ValueError:
-        raise UsageError(f"expected a number or auto, found {text!r}") from None
+        raise UsageError(f"expected a number or {word}, found {text!r}") from None
+
+
+number_or_auto, number_or_all = (partial(_number_or, word) for word in ("auto", "all"))
 
 
 def parse_size(text: str) -> int:
@@ -197,7 +200,7 @@ def parse_size(text: str) -> int:
 _TYPE_OF: dict[Callable[[str], Any], tuple[Any, str]] = {
     str: (str, "text"),
     bool: (bool, "True or False"),
-    **dict.fromkeys((int, number_or_auto), (Integral, "a whole number")),
+    **dict.fromkeys((int, number_or_auto, number_or_all), (Integral, "a whole number")),
     # A size too, which is often written 2e9.
     **dict.fromkeys((float, fraction, parse_size), (Real, "a number")),
 }

@@ -116,21 +116,26 @@ class Compute(Declared):
 
 
 @dataclass(frozen=True)
-class PruneSettings:
+class PruneSettings(Declared):
     """How to prune."""
 
     budget: Budget  # without meaning beside a plan; of a goal only what it does not say itself
     criterion: Criterion = field(default_factory=Criterion)
     text: CalibrationText = field(default_factory=CalibrationText)
     compute: Compute = field(default_factory=Compute)
-    repair: Repair = EFFORTS[DEFAULT_EFFORT]
+    repair: Repair = advanced_option(
+        EFFORTS[DEFAULT_EFFORT],
+        "the repair by its name, instead of --effort: each includes those before it",
+        choices=REPAIRS,
+        default="",
+    )
     goal: Goal | None = None
     # Nobody said what may go: a goal for parameters may also take blocks (`selection.goal`).
     leaves_parts_open: bool = False
     evaluation: EvaluationText = field(default_factory=EvaluationText)
 
     def __post_init__(self) -> None:
-        check_value(self.repair, Option("", flag="repair", choices=REPAIRS))
+        super().__post_init__()
         metric = self.criterion.block_metric
         if self.budget.widths == "equal" and metric not in (AUTO_METRIC, UNIFORM):
             raise UsageError(
@@ -213,5 +218,5 @@ def prune_settings(given: Mapping[str, Any], goal: Goal | None = None) -> PruneS
         repair=repair or EFFORTS[effort],
         goal=goal,
         leaves_parts_open=is_open,
-        evaluation=from_names(EvaluationText, given, bos=given.get("bos") or "auto"),
+        evaluation=from_names(EvaluationText, given, seqlen=None),
     )

@@ -10,9 +10,8 @@ from typing import Literal, get_args
 from cfsp.errors import TextError, UsageError
 from cfsp.settings.options import (
     Declared,
-    Option,
     advanced_option,
-    check_value,
+    number_or_all,
     one_or_several,
     option,
 )
@@ -145,13 +144,16 @@ class EvaluationText(Declared):
         metavar="TEXT",
         repeats=True,
     )
-    windows: int | None = advanced_option(12, "windows of each --eval text", kind=int, least=1)
-    seqlen: int | None = None  # of a window with BOS; None for 1024, or what the model can read
-    bos: Bos = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()  # now, not after an hour of pruning
-        check_value(self.bos, Option(BOS_HELP, flag="bos", choices=BOS))
-        if self.seqlen is not None:
-            length = Option("tokens in a window", int, "seqlen", least=2, most=LONGEST_WINDOW)
-            object.__setattr__(self, "seqlen", check_value(self.seqlen, length))
+    windows: int | None = advanced_option(
+        12, "first N windows of each text, or all", kind=number_or_all, least=1, metavar="N"
+    )
+    seqlen: int | None = option(
+        None,
+        "tokens in a window, BOS included",
+        kind=int,
+        least=2,
+        most=LONGEST_WINDOW,
+        metavar="T",
+        default="1024, or what the models can read if that is less",
+    )
+    bos: Bos = option("auto", BOS_HELP, choices=BOS)

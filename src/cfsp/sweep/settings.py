@@ -116,4 +116,4 @@ class SweepSettings:
     @property
     def evaluation(self) -> EvaluationText:
         """What to measure on."""
-        return from_names(EvaluationText, vars(self), seqlen=self.seqlen, bos=self.bos)
+        return from_names(EvaluationText, vars(self))
