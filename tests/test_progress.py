@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from cfsp import progress
 from cfsp.cli.output import show_messages
-from cfsp.progress import bars_as_lines, item_progress
+from cfsp.progress import item_progress, library_progress
 from cfsp.recovery.schedule import Pace, Schedule
 
 
@@ -118,7 +118,7 @@ def test_short_work_is_quiet_and_one_process_speaks(clock, caplog, monkeypatch, 
 
 def test_bars_of_a_library_are_lines_and_all_else_it_says_is_dropped(clock, capsys):
     show_messages()
-    with bars_as_lines(), tqdm(total=100, desc="requests") as bar:
+    with library_progress(), tqdm(total=100, desc="requests") as bar:
         for _ in range(100):
             clock.seconds += 1
             bar.update()

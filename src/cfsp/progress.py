@@ -79,15 +79,9 @@ def item_progress(label: str, total: int, unit: str, **options: Any) -> tqdm:  #
     return tqdm(desc=label, total=total, unit=unit, **options)
 
 
-def bars_as_lines() -> AbstractContextManager[object]:
-    """Let a library show its own bars, where there is no terminal as lines now and then."""
-    return nullcontext() if sys.stderr.isatty() else redirect_stderr(_BarsAsLines())
-
-
 def library_progress() -> AbstractContextManager[object]:
-    """Let transformers show its own bars on a terminal only.
+    """Let a library show its own bars, where there is no terminal as lines now and then.
 
-    Its switch for them is obeyed by some, so all are swallowed. Errors are raised as exceptions and
-    pass.
+    Errors are raised as exceptions and pass.
     """
-    return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+    return nullcontext() if sys.stderr.isatty() else redirect_stderr(_BarsAsLines())

@@ -40,7 +40,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.errors import CfspError, MissingExtraError, TaskError, first_line
-from cfsp.progress import bars_as_lines
+from cfsp.progress import library_progress
 from cfsp.quality.generation import Whole
 from cfsp.quality.paired import mean
 from cfsp.quality.tasks.selection import (
@@ -381,7 +381,7 @@ def _quiet() -> Iterator[None]:
     level = harness.level
     harness.setLevel(logging.ERROR)
     try:
-        with redirect_stdout(sys.stderr), bars_as_lines():
+        with redirect_stdout(sys.stderr), library_progress():
             yield
     finally:
         harness.setLevel(level)
