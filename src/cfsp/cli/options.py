@@ -41,24 +41,20 @@ class Parser(argparse.ArgumentParser):
         self._advanced.append((action, action.help or ""))
         action.help = argparse.SUPPRESS
 
-    def format_usage(self) -> str:
-        """Return one line: the options are listed below it."""
+    def format_listed(self) -> str:
+        """Return the help without the advanced options."""
         words = [
             _NUMBER_OF.get(action.nargs, "{}").format(action.metavar or action.dest)
             for action in self._get_positional_actions()
         ]
-        return f"usage: {' '.join([self.prog, '[options]', *words])}\n"
+        # argparse would name every option there, too.
+        self.usage = " ".join([self.prog, "[options]", *words])
+        return super().format_help()
 
     def format_help(self) -> str:
         """Return the help, with a line on how to reach the rest."""
         rest = "\n--set NAME=VALUE sets what else there is; --help-all lists it\n"
         return self.format_listed() + (rest if self._advanced else "")
-
-    def format_listed(self) -> str:
-        """Return the help without that line."""
-        # argparse would name every option in the usage, too.
-        self.usage = self.format_usage().removeprefix("usage: ").rstrip()
-        return super().format_help()
 
     def format_advanced(self) -> str:
         """Return the help of the advanced options, as `--set` takes them; nothing without any."""
