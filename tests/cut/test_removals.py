@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 import cfsp
 from builders import changed, goal_of_share, parts_of, plan_without, read_json
+from cfsp.architecture.block_names import removed_in_words
 from cfsp.architecture.resizing import Gone
 from cfsp.checkpoint.own_files import PLAN_FILE
 from cfsp.checkpoint.reading import Checkpoint
@@ -257,9 +258,10 @@ def test_the_plan_is_obeyed_and_commands_tell_of_it(case, tmp_path, command):
     assert told["pruned"].get("removed_blocks", []) == list(plan.removed_blocks)
     lines = command("inspect", case.out).out.splitlines()
     said = next(line for line in lines if line.startswith("pruned "))
-    assert plan.removed_in_words in said
+    removed = removed_in_words(plan.removed_blocks, plan.removed_attentions)
+    assert removed in said
     assert "KV groups" in said and ("FFN" in said) is bool(plan.removed_blocks)
-    assert plan.removed_in_words in (case.out / "README.md").read_text()
+    assert removed in (case.out / "README.md").read_text()
     assert json.loads(command("verify", case.out, "--json").out)["verified"]
 
 

@@ -106,16 +106,9 @@ def print_plan(plan: PruningPlan) -> None:
         for row, unit in zip(unit_rows(plan.units), plan.units, strict=True)
     ]
     print_table(("block", "distance", "importance", "channels", "kept", "", ""), rows)
-    what = "channels" if plan.counts_channels else "parameters"
-    groups = f" and {plan.sparsity_of('kv'):.1%} of the KV groups" if plan.of_part("kv") else ""
-    if plan.kept_experts is not None:
-        print(f"\n{plan.experts_in_words}", end="")
-    if plan.has_gaps:
-        print(f"\n{plan.removed_in_words}: removed", end="")
-    print(f"\n{plan.ffn_sparsity:.1%} of the FFN {what}{groups} go")
     if plan.only("ffn").narrows:
         multiple = plan.criterion["multiple"]
-        print(f"widths are multiples of {multiple}; docs/quantise.md says for whom that is right")
+        print(f"\nwidths are multiples of {multiple}; docs/quantise.md says for whom that is right")
 
 
 def print_goal(resolution: dict[str, Any]) -> None:

@@ -189,7 +189,7 @@ def _print_estimate(cost: PruningCost) -> None:
 
 
 def print_report(report: PruneReport) -> None:
-    from cfsp.result.facts import perplexity_facts, size_facts
+    from cfsp.result.facts import perplexity_facts, size_facts, what_went
     from cfsp.result.making import seconds_in_words, steps_in_words
 
     told = report.to_json()
@@ -202,10 +202,10 @@ def print_report(report: PruneReport) -> None:
             if (multiple := report.plan.criterion["multiple"]) > 1:
                 why += f", in multiples of {multiple}; give a smaller --multiple"
         print(f"nothing was removed: {why}")
+    else:
+        print(f"without {what_went(told, by_channels=report.plan.counts_channels)}")
     if report.experts:
         print(report.plan.experts_in_words)
-    if report.plan.has_gaps:
-        print(f"removed: {report.plan.removed_in_words}")
     if report.dequantised:
         print(
             f"dequantised from {report.dequantised['from']} to {report.dequantised['to']}: larger "

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cfsp.architecture.block_names import index_without, removed_in_words
+from cfsp.architecture.block_names import index_without
 from cfsp.checkpoint.locating import given_path
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import WeightSource
@@ -76,11 +76,6 @@ class PruningPlan:
     def removed_attentions(self) -> tuple[int, ...]:
         """The blocks that stay and whose attention layers go whole, ascending."""
         return tuple(unit.block for unit in self.kept_units if not unit.kept)
-
-    @property
-    def removed_in_words(self) -> str:
-        """What goes whole; empty if nothing does."""
-        return removed_in_words(self.removed_blocks, self.removed_attentions)
 
     @property
     def has_gaps(self) -> bool:
