@@ -4,11 +4,10 @@ import json
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import Llama4ForCausalLM, Llama4TextConfig
+from transformers import AutoModelForCausalLM, FalconConfig, Llama4TextConfig
 
 import cfsp
 from builders import entries, need_openvino, raising
@@ -111,20 +110,8 @@ def test_half_precision(tmp_path, tokenizer, monkeypatch, noted):
     assert "no" not in entries(tmp_path)
 
 
-def test_what_it_cannot_express_or_trace_is_refused(tokenizer, tmp_path, monkeypatch):
-    from cfsp.exports.openvino import _Step
-
+def test_what_it_cannot_trace_is_refused(tokenizer, tmp_path, monkeypatch):
     source = cut(build_tiny_model("llama"), tokenizer, tmp_path)
-    attend = _Step._attention
-
-    def with_sinks(*args: Any, **options: Any) -> Any:
-        return attend(*args, **options, s_aux=torch.zeros(4))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(_Step, "_attention", with_sinks)
-        message = "no attention with sinks; use --to gguf or --to vllm$"
-        with pytest.raises(ExportError, match=message):
-            export(source.directory, "openvino", tmp_path / "ov")
     broken = RuntimeError("no such operator\nand a long trace")
     monkeypatch.setattr("openvino.convert_model", raising(broken))
     message = "cannot trace LlamaForCausalLM: RuntimeError: no such operator; use --to gguf or --to"
@@ -150,17 +137,21 @@ def test_what_it_cannot_express_is_refused(tokenizer, tmp_path, rope, groups, me
     assert not (tmp_path / "ov").exists()
 
 
-def test_attention_within_chunks_is_refused(tokenizer, tmp_path):
-    """The probe is shorter than a chunk, so the verification would not see it."""
-    config = Llama4TextConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size_mlp=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, moe_layers=[],
-        attention_chunk_size=32,
-    )  # fmt: skip
-    Llama4ForCausalLM(config).save_pretrained(tmp_path / "dense")
+@pytest.mark.parametrize("kind", ["llama4_text", "falcon"])
+def test_attention_within_chunks_or_of_its_own(tokenizer, tmp_path, kind):
+    """Three chunks are in the probe, and one token more; Falcon adds to scores by position."""
+    size = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2}
+    config = FalconConfig(**size, num_attention_heads=4, alibi=True)
+    if kind == "llama4_text":
+        config = Llama4TextConfig(
+            **size, intermediate_size_mlp=64, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=8, moe_layers=[], attention_chunk_size=7,
+        )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
-    with pytest.raises(ExportError, match="not supported: it attends within chunks"):
-        export(tmp_path / "dense", "openvino", tmp_path / "ov")
+    report = export(tmp_path / "dense", "openvino", tmp_path / "ov")
+    assert report.verification is not None
+    assert report.verification.relative_error < 1e-5
 
 
 @pytest.mark.real

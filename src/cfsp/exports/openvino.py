@@ -2,10 +2,9 @@
 
 optimum-intel, which makes such models, allows no transformers that reads per-block widths (its
 2.2 wants at most 5.5), so the model is made here, with the interface that both expect. It is traced
-through transformers' public attention interface: an attention function of ours gets each block's
-new keys and values, puts the past ones before them, and hands back what the next call needs.
+with transformers' own cache and mask.
 
-Shapes: B batch, N heads, T new tokens, S all tokens, H head size, V vocabulary.
+Shapes: B batch, T new tokens, S all tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import errno
 import os
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +19,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask
 
 from cfsp.checkpoint.loading import load, own_dtype
 from cfsp.checkpoint.own_files import CONFIG_FILE, copy_travelling_files
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.skeleton import stock_config
 from cfsp.checkpoint.text_config import text_config_of
-from cfsp.errors import CannotSayError, CfspError, MissingExtraError, UsageError, first_line
+from cfsp.errors import CannotSayError, MissingExtraError, UsageError, first_line
 from cfsp.exports.common import Written, verified
 
 _MODEL_FILE = "openvino_model.xml"
@@ -44,9 +45,6 @@ def check(source: Checkpoint) -> None:
         raise _unsupported(source, "a traced model cannot choose experts by the text")
     if text_config_of(source.config) is not source.config:
         raise _unsupported(source, "only decoders of text are traced, and this reads images too")
-    if "chunked_attention" in (getattr(source.config, "layer_types", None) or ()):
-        # Said by the mask alone, which is not used here, and no probe is as long as a chunk.
-        raise _unsupported(source, "it attends within chunks")
     rope = getattr(source.config, "rope_parameters", None) or {}
     for each in (rope, *(of_kind for of_kind in rope.values() if isinstance(of_kind, dict))):
         if each.get("rope_type") == "dynamic":
@@ -146,96 +144,62 @@ def _unreported() -> Iterator[None]:
 
 
 class _Step(nn.Module):
-    """One call of a model with another attention: new tokens and past in, logits and past out."""
+    """One call of a model: new tokens and past keys and values in, logits and present ones out."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        from transformers import AttentionInterface
-
         super().__init__()
         self.model = model
-        # transformers keeps the function for ever, and must not keep the model.
-        this = weakref.proxy(self)
-        AttentionInterface.register(
-            _ATTENTION, lambda *given, **more: this._attention(*given, **more)
-        )
-        model.set_attn_implementation(_ATTENTION)
+        # Runtimes know this attention. A mask of numbers, not of truth, leaves no row without any.
+        AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
+        AttentionMaskInterface.register(_ATTENTION, eager_mask)
+        # Gemma 2 bends the scores, which it does not.
+        bends = getattr(model.config, "attn_logit_softcapping", None)
+        does_all = model._supports_sdpa and not bends
+        model.set_attn_implementation(_ATTENTION if does_all else "eager")
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
     ) -> tuple[Tensor, ...]:
-        self.mask_BS, self.past = attention_mask, past
-        self.present: list[Tensor] = []
-        output: Any = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-        return (output.logits, *self.present)
-
-    def _attention(
-        self, module: nn.Module, query_BNTH: Tensor, *new_BNTH: Any, **how: Any
-    ) -> tuple[Tensor, None]:
-        """Attend by transformers' arguments: keys, values and a mask that is not used; scaling."""
-        from transformers.integrations.sdpa_attention import repeat_kv
-
-        if how.get("s_aux") is not None:
-            raise CannotSayError("OpenVINO export has no attention with sinks")
-        at, pair = len(self.present), list(new_BNTH[:2])
-        if self.past:
-            both = zip(self.past[at : at + 2], pair, strict=True)
-            pair = [torch.cat(each, dim=2) for each in both]
-        self.present += pair
-        key, value = (repeat_kv(each, query_BNTH.shape[1] // each.shape[1]) for each in pair)
-        bias, scale = self._bias(query_BNTH, how.get("sliding_window")), how.get("scaling")
-        if (softcap := how.get("softcap")) is None:
-            out_BNTH = nn.functional.scaled_dot_product_attention(
-                query_BNTH, key, value, attn_mask=bias, scale=scale
-            )
-        else:  # Gemma 2 bends the scores
-            scale = query_BNTH.shape[-1] ** -0.5 if scale is None else scale
-            scores = softcap * torch.tanh(query_BNTH @ key.transpose(2, 3) * (scale / softcap))
-            out_BNTH = torch.softmax(scores + bias, dim=-1) @ value
-        return out_BNTH.transpose(1, 2), None
-
-    def _bias(self, query_BNTH: Tensor, window: int | None) -> Tensor:
-        """Return what is added to the scores: 0 where a token may look, else very little."""
-        every_S = torch.arange(self.mask_BS.shape[1])
-        new_T = every_S[-query_BNTH.shape[2] :]
-        seen_TS = every_S[None, :] <= new_T[:, None]
-        if window is not None:
-            seen_TS = seen_TS & (every_S[None, :] > new_T[:, None] - window)
-        seen = seen_TS[None, None] & self.mask_BS[:, None, None, :].bool()
-        nothing = torch.zeros((), dtype=query_BNTH.dtype)
-        return torch.where(seen, nothing, torch.finfo(query_BNTH.dtype).min)
+        # Without its config: in a window the keys and values of all tokens stay, the mask hides.
+        cache = DynamicCache()
+        for keys, values in zip(past[::2], past[1::2], strict=True):
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            cache.layers.append(layer)
+        output: Any = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        present = [each for layer in cache.layers for each in (layer.keys, layer.values)]
+        return (output.logits, *present)
 
 
 def _converted(source: Checkpoint) -> Any:
     """Return the checkpoint as a stateful OpenVINO model in float32."""
     openvino = _openvino()
-    model = load(source.directory, dtype=torch.float32)
-    step, blocks = _Step(model), source.architecture.block_count
+    step = _Step(load(source.directory, dtype=torch.float32))
     tokens_BT = torch.ones(2, 3, dtype=torch.int64)
     positions_BT = tokens_BT.cumsum(1) - 1
     with torch.inference_mode(), warnings.catch_warnings():
         # The tracer looks at every attribute of the model, deprecated ones too.
         warnings.simplefilter("ignore")
         try:
-            # Without a past first: this tells the heads of each block, and what can't be expressed.
+            # Without a past first: this tells the heads of each block.
             _, *first = step(tokens_BT, tokens_BT, positions_BT)
-            if len(first) != 2 * blocks:
-                raise _unsupported(
-                    source,
-                    f"{len(first) // 2} of its {blocks} blocks use transformers' common "
-                    "attention, whose keys and values it can keep",
-                )
             past = [torch.zeros(2, each.shape[1], 4, each.shape[3]) for each in first]
             seen_BS = torch.ones(2, 7, dtype=torch.int64)
             example = (tokens_BT, seen_BS, 4 + positions_BT, *past)
             with _unreported():
                 converted = openvino.convert_model(step, example_input=example)
-        except CfspError:
-            raise
         except Exception as error:  # tracing fails in as many ways as there are models
             raise CannotSayError(
                 f"OpenVINO cannot trace {source.architecture.class_name}: {first_line(error)}"
             ) from error
-    pairs = [f"{kind}.{block}" for block in range(blocks) for kind in ("key", "value")]
+    pairs = [f"{kind}.{block}" for block in range(len(past) // 2) for kind in ("key", "value")]
     inputs = ["input_ids", "attention_mask", "position_ids", *(f"past_{name}" for name in pairs)]
     outputs = ["logits", *(f"present_{name}" for name in pairs)]
     for port, name in zip(converted.inputs + converted.outputs, inputs + outputs, strict=True):
