@@ -53,6 +53,8 @@ FLAGS = [
     (f"{PRUNE} --keep ,", "found ','", "--keep: expected one name or several"),
     (f"{NOTHING} --plan p --keep 0", "--plan and --keep exclude", "made already"),
     (f"{PRUNE_TEXT} --dry-run --eval {{text}}", "--dry-run and --eval exclude", "only a plan"),
+    (f"{PRUNE_TEXT} --set windows=3", "windows=3 are of each text", "name one"),
+    (f"{TRAIN} --set windows=3", "windows=3 are of each text", "name one"),
     (f"{TRAIN} --method full --rank 2", "--rank belongs to", "--method lora"),
     (f"{TRAIN} --teacher none --set teacher_weight=.5", "--teacher-weight needs", "a teacher"),
     ("export {model} --to vllm --type f16 --out {out}", "--type belongs to", "keeps the"),

@@ -157,3 +157,11 @@ class EvaluationText(Declared):
         default="1024, or what the models can read if that is less",
     )
     bos: Bos = option("auto", BOS_HELP, choices=BOS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.names and self.windows not in (None, EvaluationText.windows):
+            raise UsageError(
+                f"windows={self.windows} are of each text to measure perplexity on, found no text; "
+                "name one"
+            )
