@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 from transformers import AddedToken, GenerationConfig
 
 import cfsp
@@ -191,9 +192,10 @@ def test_a_killed_run_goes_on(argv, models, other_text_file, results, tmp_path, 
     # the other with.
     assert run(batches=4) == 130
     assert seen == [*(f"{models[i]} on {other_text_file}" for i in (1, 0)), 8, 1]
-    bars = noted(answers, "item_progress", lambda *_, initial, **__: initial)
+    bars = noted(tqdm, "__exit__", lambda bar, *_: (bar.unit, bar.initial))
     assert run() == 0
-    assert bars == [8, 0]  # the time left is not by what was only read
+    # The time left is not by what was only read.
+    assert [each for unit, each in bars if unit == "answer"] == [8, 0]
     assert seen == [1, 8, 1, *(f"{models[i]} on answers" for i in (1, 0))]
     assert entries(out.parent) == {"out.json"}
     assert read_json(out) == read_json(results)

@@ -33,7 +33,7 @@ from cfsp.quality.generation import Generator, Whole, prompt_of
 from cfsp.quality.paired import as_json, per_count
 from cfsp.quality.perplexity import WindowSums
 from cfsp.quality.results_file import answer_measures
-from cfsp.streaming.work_dir import WorkDir, is_measured, load_or_compute
+from cfsp.streaming.work_dir import WorkDir, load_or_compute
 from cfsp.text.sources import TextSource
 from cfsp.text.windows import Windows
 
@@ -126,21 +126,19 @@ def answers_of(
         model = Generator(*whole())
         return model, _BATCH if model.reads_padded(prompts) else 1
 
-    def ask(some: Sequence[list[int]]) -> dict[str, Any]:
-        return {"answers": _greedy(*answering(), some)}
-
     found: list[dict[str, Any]] = []
-    batches = {
-        f"{name}-{start}": prompts[start : start + _BATCH]
-        for start in range(0, len(prompts), _BATCH)
-    }
-    # The time left is by these alone.
-    left = {each: len(some) for each, some in batches.items() if not is_measured(work_dir, each)}
-    done = len(prompts) - sum(left.values())
-    with item_progress(label, len(prompts), "answer", initial=done) as bar:
-        for each, some in batches.items():
-            found += load_or_compute(work_dir, each, partial(ask, some))["answers"]
-            bar.update(left.get(each, 0))
+    with item_progress(label, len(prompts), "answer") as bar:
+
+        def ask(some: Sequence[list[int]]) -> dict[str, Any]:
+            # The time left is by what is asked here, and not by what was answered before.
+            bar.initial, bar.n = bar.initial + len(found) - bar.n, len(found)
+            answers = _greedy(*answering(), some)
+            bar.update(len(some))
+            return {"answers": answers}
+
+        for start in range(0, len(prompts), _BATCH):
+            some = prompts[start : start + _BATCH]
+            found += load_or_compute(work_dir, f"{name}-{start}", partial(ask, some))["answers"]
     return found
 
 

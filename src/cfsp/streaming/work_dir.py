@@ -251,12 +251,6 @@ def _working(directory: Path) -> Iterator[None]:
             directory.parent.rmdir()
 
 
-def is_measured(work_dir: WorkDir, name: str) -> bool:
-    """Return whether a killed run measured something already; see `load_or_compute`."""
-    identity = work_dir.identity
-    return identity is not None and PassState(work_dir.directory / name, identity).next_block > 0
-
-
 def load_or_compute(
     work_dir: WorkDir, name: str, measure: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
