@@ -3,6 +3,7 @@
 import logging
 import re
 from dataclasses import replace
+from operator import mul
 from pathlib import Path
 
 import pytest
@@ -151,33 +152,43 @@ def test_a_short_text_is_doubted_by_what_it_gave(model, tmp_path, caplog):
 # A fraction of the KV cache stays.
 
 
-@pytest.mark.parametrize(("parts", "fraction"), [("kv", 0.5), ("attention", 0.7)])
-def test_a_fraction_of_the_cache_stays(prune, parts, fraction):
-    named = [] if parts == "kv" else ["--parts", parts]  # it is the default
-    done = prune("--target-kv-cache", fraction, *named, "--effort", "fast")
-    before, after = (done.manifest["kv_groups"][when] for when in ("before", "after"))
-    assert sum(after) <= fraction * sum(before) < sum(after) + (2 if parts == "attention" else 1)
-    assert parts != "attention" or {*after} == {0, 2}
-    assert done.manifest["goal"]["goal"] == "target_kv_cache"
-    assert done.manifest["ffn_sparsity"] == 0.0
-    assert f"at most {fraction} of the KV cache" in done.card
+ONE_GROUP, FOUR_GROUPS = {"num_key_value_heads": 1}, {"num_key_value_heads": 4}
+HEADS = {"num_attention_heads_per_layer": [4, 8, 16], **FOUR_GROUPS}
+LARGE_HEADS = {"global_head_dim": 32, "sliding_window": 256, **FOUR_GROUPS}
+# Every other block sees no further than 8 tokens back, and caches no more than them.
+SLIDING = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "more", "fraction"),
+    ("name", "changes", "more", "fraction", "of_group", "most_too_few"),
     [
+        # KV groups are the default.
+        ("llama", {}, "", 0.5, (1, 1, 1), 1),
+        ("llama", {}, "--parts attention", 0.7, (1, 1, 1), 2),
         # Two of four groups are nearer to it than one.
-        ("llama", {}, ("--widths", "equal"), 0.4),
+        ("llama", FOUR_GROUPS, "--widths equal", 0.4, (1, 1, 1), 3),
         # A group owns one, two or four heads of queries.
-        ("laguna", {"num_attention_heads_per_layer": [4, 8, 16]}, (), 0.5),
-        ("laguna", {"num_attention_heads_per_layer": [4, 8, 16]}, (), 0.25),
+        ("laguna", HEADS, "", 0.5, (1, 1, 1), 3),
+        ("laguna", HEADS, "", 0.25, (1, 1, 1), 3),
+        # The last block of this Gemma 4 has heads twice as large.
+        ("gemma4_text", LARGE_HEADS, "", 0.5, (1, 1, 2), 1),
+        ("gemma3_text", SLIDING, "", 0.77, (8, 256, 8, 256), 391),
     ],
 )
-def test_no_more_of_the_cache_stays_than_was_asked(prune, save, name, changes, more, fraction):
-    model = save(tiny_model(name, **{"num_key_value_heads": 4, **changes}))
-    done = prune("--target-kv-cache", fraction, *more, "--effort", "fast", of=model)
-    before, after = (sum(done.manifest["kv_groups"][when]) for when in ("before", "after"))
-    assert after <= fraction * before < after + 3
+def test_a_fraction_of_the_cache_stays(
+    prune, save, name, changes, more, fraction, of_group, most_too_few
+):
+    model = save(tiny_model(name, **changes))
+    done = prune("--target-kv-cache", fraction, *more.split(), "--effort", "fast", of=model)
+    before, after = (
+        sum(map(mul, done.manifest["kv_groups"][when], of_group)) for when in ("before", "after")
+    )
+    assert after <= fraction * before < after + most_too_few
+    assert more != "--parts attention" or {*done.manifest["kv_groups"]["after"]} == {0, 2}
+    assert done.manifest["goal"]["goal"] == "target_kv_cache"
+    assert done.manifest["ffn_sparsity"] == 0.0
+    length = " of 256 tokens" if changes == SLIDING else ""
+    assert f"at most {fraction} of the KV cache{length}" in done.card
 
 
 def test_attention_layers_that_cache_unequally_are_not_counted(prune, sliding):
@@ -187,34 +198,7 @@ def test_attention_layers_that_cache_unequally_are_not_counted(prune, sliding):
 
 @pytest.fixture(scope="module")
 def sliding(save) -> Path:
-    """A model of which every other block sees no further than 8 tokens back."""
-    kinds = ["sliding_attention", "full_attention"] * 2
-    return save(tiny_model("gemma3_text", num_hidden_layers=4, layer_types=kinds))
-
-
-def test_a_sliding_window_caches_no_more_than_its_tokens(prune, sliding):
-    done = prune("--target-kv-cache", 0.77, "--effort", "fast", of=sliding)
-    before, after = (
-        sum(n * each for n, each in zip(groups, (8, 256, 8, 256), strict=True))
-        for groups in (done.manifest["kv_groups"]["before"], done.manifest["kv_groups"]["after"])
-    )
-    assert before == 1056 and 0.4 * before < after <= 0.77 * before
-    assert "at most 0.77 of the KV cache of 256 tokens" in done.card
-
-
-def test_larger_heads_cache_more(prune, save):
-    """Gemma 4's last block has heads twice as large here, and no window is shorter."""
-    changes = {"global_head_dim": 32, "num_key_value_heads": 4, "sliding_window": 256}
-    done = prune(
-        "--target-kv-cache", 0.5, "--effort", "fast", of=save(tiny_model("gemma4_text", **changes))
-    )
-    before, after = (
-        first + second + 2 * last
-        for first, second, last in (
-            done.manifest["kv_groups"][when] for when in ("before", "after")
-        )
-    )
-    assert (before, after) == (16, 8)
+    return save(tiny_model("gemma3_text", **SLIDING))
 
 
 def test_blocks_that_stay_whole_take_part_in_a_fraction_of_the_cache(prune, sliding):
