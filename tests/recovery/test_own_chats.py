@@ -121,25 +121,21 @@ def test_chats_are_a_quarter_of_a_pass(chatting, text_file):
 def test_recovery_learns_from_them(saved, dense, tmp_path, text_file, monkeypatch):
     monkeypatch.setattr("cfsp.recovery.own_chats._LEAST_WINDOWS", 1)
 
-    def run(out: Path, **more: Any) -> dict[str, Any]:
-        how = training(2, evaluations=1, **{"own_chats": 32} | more)
+    def run(out: Path) -> dict[str, Any]:
+        how = training(2, evaluations=1, own_chats=32)
         recover(saved, out, text_file, teacher=str(dense), training=how)
         found: dict[str, Any] = read_json(out / "cfsp.json")["recovery"]
         return found
 
-    whole, without = tmp_path / "whole", tmp_path / "without"
-    assert run(whole)["data"]["sources"][OWN_CHATS]
-    assert OWN_CHATS not in run(without, own_chats=0)["data"]["sources"]
+    whole = run(tmp_path / "whole")
+    assert whole["data"]["sources"][OWN_CHATS]
     # A killed run trains on those that it had written.
     out = tmp_path / "killed"
     stopped_at("cfsp.recovery.recover.train", run, out)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cfsp.recovery.own_chats.own_chats", None)
-        again = run(out)
+    monkeypatch.setattr("cfsp.recovery.own_chats.own_chats", None)
+    again = run(out)
     same = ("data", "history", "tokens")
-    assert {name: again[name] for name in same} == {
-        name: read_json(whole / "cfsp.json")["recovery"][name] for name in same
-    }
+    assert {name: again[name] for name in same} == {name: whole[name] for name in same}
 
 
 def test_a_model_that_is_too_slow_writes_none_and_stops_early(dense, chatting, monkeypatch):
@@ -172,8 +168,12 @@ def test_they_have_a_quarter_of_the_minutes(saved, dense, tmp_path, text_file, m
         recover(saved, tmp_path / "out", text_file, teacher=str(dense), training=how)
 
 
-@pytest.mark.parametrize(("windows", "found"), [(8, [128]), (9, [])])
-def test_a_short_run_has_none(windows, found, saved, dense, tmp_path, text_file, monkeypatch):
+@pytest.mark.parametrize(
+    ("windows", "asked", "found"), [(8, {}, [128]), (9, {}, []), (8, {"own_chats": 0}, [])]
+)
+def test_a_short_run_has_none(
+    windows, asked, found, saved, dense, tmp_path, text_file, monkeypatch
+):
     begun: list[int] = []
 
     def none(model: Any, tokenizer: Any, count: int, seed: int, seconds: float) -> Any:
@@ -182,6 +182,7 @@ def test_a_short_run_has_none(windows, found, saved, dense, tmp_path, text_file,
 
     monkeypatch.setattr("cfsp.recovery.own_chats.own_chats", none)
     monkeypatch.setattr("cfsp.recovery.own_chats._LEAST_WINDOWS", windows)
-    how = training(2, evaluations=1)  # of four windows each
-    recover(saved, tmp_path / "out", text_file, teacher=str(dense), training=how)
+    how: dict[str, Any] = {"training": training(2, evaluations=1, **asked)}  # of four windows each
+    run = (recover, saved, tmp_path / "out", text_file)
+    stopped_at("cfsp.recovery.recover.train", *run, teacher=str(dense), **how)
     assert begun == found

@@ -73,17 +73,6 @@ def test_training_helps_and_the_result_has_the_same_layout(
     assert entries(tmp_path) == {"out"}
 
 
-def test_what_a_trainer_sets_is_afterwards_as_it_was(recovered):
-    shown = logging.get_verbosity()
-    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
-    try:
-        recovered(training=training(1, learning_rate=1e-2))
-        assert accelerator.mixed_precision == "bf16"
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-    assert logging.get_verbosity() == shown
-
-
 def test_manifest_and_card_say_how_it_was_recovered(pruned, plain):
     manifest, before = (read_manifest(directory) for directory in (plain, pruned))
     assert (manifest["operation"], manifest["command"]) == ("recover", "cfsp recover pruned")
@@ -95,7 +84,6 @@ def test_manifest_and_card_say_how_it_was_recovered(pruned, plain):
     assert recovery["training"]["learning_rate"] == rate
     assert [entry["step"] for entry in recovery["history"]] == [0, 3, 6]
     card = (plain / "README.md").read_text()
-    assert "## How it was pruned" in card and "## How it was recovered" in card
     assert f"{recovery['trainable_parameters']:,} parameters" in card
 
 
@@ -204,15 +192,22 @@ def test_another_seed_gives_other_weights(recovered, out, plain):
     assert changed(plain, out)
 
 
-def test_checkpointing_changes_nothing(recovered, plain):
-    other = recovered(training=training(gradient_checkpointing=True))
+def test_checkpointing_changes_nothing_nor_what_others_set_of_a_trainer(recovered, plain):
+    shown = logging.get_verbosity()
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    try:
+        other = recovered(training=training(gradient_checkpointing=True))
+        assert accelerator.mixed_precision == "bf16"
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert logging.get_verbosity() == shown
     for a, b in zip(read_manifest(plain)["recovery"]["history"], other.history, strict=True):
         assert a == pytest.approx(b, abs=1e-3)
 
 
 # Capped and scaled logits, transposed matrices, biases and tied embeddings, and projections around
 # the blocks. Of Llama's kind are all other tests.
-KINDS = dense_configs("gemma2", "granite", "gpt2", "llama-biased", "opt-projected")
+KINDS = dense_configs("gemma2", "granite", "gpt2", "opt-projected")
 
 
 @pytest.mark.parametrize("name", [*KINDS, "qwen2_moe"])
@@ -258,7 +253,7 @@ def test_only_models_whose_logits_are_a_product_are_sliced(tiny_checkpoint):
 def test_the_less_there_is_to_learn_the_lower_the_rate(recovered, pruned, model, out):
     """A KL grows with the square of the way, and the way of Adam is its rate's."""
     full, teacher = Adaptation("full"), str(model)
-    report = recovered(adaptation=full, teacher=teacher)
+    report = recovered(adaptation=full, teacher=teacher, training=training(2, evaluations=1))
     assert report.history[-1]["held_out"] < report.history[0]["held_out"]
     weights, manifest = tensors(out), read_manifest(out)
     assert manifest["recovery"]["teacher"] == {"name": teacher, "weight": 1}
@@ -268,7 +263,8 @@ def test_the_less_there_is_to_learn_the_lower_the_rate(recovered, pruned, model,
     expected = 0.001 * size_of_projections(pruned) * math.sqrt(lost)
     assert rate == pytest.approx(expected, rel=0.01)
     shutil.rmtree(out)
-    recovered(adaptation=full, teacher=teacher, training=training(learning_rate=rate))
+    how = training(2, evaluations=1, learning_rate=rate)
+    recovered(adaptation=full, teacher=teacher, training=how)
     again = tensors(out)
     assert all(torch.allclose(again[name], weights[name], atol=1e-7) for name in weights)
 

@@ -115,10 +115,13 @@ def test_weights_that_are_stored_by_other_names_come_back(
 
 
 def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(
-    recovered, out, text_file, noted, plain
+    pruned, recovered, out, text_file, noted, plain, monkeypatch
 ):
     evaluation = EvaluationText((str(text_file),), 2, 32)
-    stopped(recovered, evaluation=evaluation)
+    monkeypatch.chdir(out.parent)
+    stopped(recover, pruned, Path(out.name), text_file, evaluation=evaluation)
+    # In another directory its best weights are found; else those before training would be written.
+    monkeypatch.chdir(out.parent.parent)
     # Other arguments are refused, and the work stays.
     before = sorted(work_of(out).rglob("*"))
     other = r"another learning_rate \(None; now it is 0\.02\); repeat that .* rm -r .*out\.work"
@@ -143,15 +146,6 @@ def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(
     assert found.tokens_per_second > 0  # although none is trained on now
     assert found.seconds["train"] > saved_pace(last[1])["elapsed"]
     assert changed(plain, out) == set()  # the same seed gives the same weights
-
-
-def test_a_run_goes_on_in_another_directory(pruned, text_file, tmp_path, monkeypatch, plain):
-    """Its best weights are found there; else those from before training would be written."""
-    monkeypatch.chdir(tmp_path)
-    stopped(recover, pruned, Path("out"), text_file)
-    monkeypatch.chdir(tmp_path.parent)
-    recover(pruned, tmp_path / "out", text_file)
-    assert changed(plain, tmp_path / "out") == set()
 
 
 # One step.
