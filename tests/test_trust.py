@@ -136,13 +136,12 @@ def test_a_sweep_where_another_one_works_is_refused(model, text_file, tmp_path, 
         assert "another run is working in" in error
 
 
-@pytest.mark.parametrize("command", ["prune", "calibrate", "recover"])
+@pytest.mark.parametrize("command", ["prune", "calibrate"])  # a directory, and a file
 def test_of_two_processes_one_wins(command, commands, model, text_file, tmp_path):
     out, drawn = tmp_path / "out", ["--data", str(text_file), "--seqlen", "32"]
     options = {
         "prune": ["--sparsity", "0.4", "--multiple", "4", "--samples", "8"],
         "calibrate": ["--samples", "8"],
-        "recover": ["--rank-allocation", "uniform", "--steps", "2"],
     }
     argv = [command, str(model), *drawn, *options[command], "--out", str(out)]
     first, second = sorted(commands(Command(argv), Command(argv)), key=lambda it: it.status)

@@ -216,15 +216,19 @@ def asked(text_file) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_what_was_removed_is_made_up_for_in_whole(model, asked, tmp_path, monkeypatch):
-    cfsp.prune(model, out=tmp_path / "half", **asked)
+@pytest.fixture(scope="module")
+def gaps(model, asked, tmp_path_factory) -> cfsp.PruneReport:
+    """A model without a block, which the block before it makes up for."""
+    return cfsp.prune(model, out=tmp_path_factory.mktemp("gaps") / "out", **asked)
+
+
+def test_what_was_removed_is_made_up_for_in_whole(model, asked, gaps, tmp_path, monkeypatch):
     monkeypatch.setattr(sequential, "SHARE_OF_DRIFT", 0.0)
     cfsp.prune(model, out=tmp_path / "none", **asked)
-    assert not changed(tmp_path / "half", tmp_path / "none")
+    assert not changed(Path(gaps.out), tmp_path / "none")
 
 
-def test_sequential_repair_handles_gaps_itself(model, asked, tmp_path):
-    gaps = cfsp.prune(model, out=tmp_path / "gaps", **asked)
+def test_sequential_repair_handles_gaps_itself(model, asked, gaps, tmp_path):
     report = cfsp.prune(model, out=tmp_path / "out", repair="sequential", **asked)
     (step,) = report.repair["steps"]
     assert step["name"] == "sequential"
@@ -235,10 +239,9 @@ def test_sequential_repair_handles_gaps_itself(model, asked, tmp_path):
     assert Checkpoint(tmp_path / "out").architecture.block_count == 2
 
 
-def test_a_plan_with_blocks_is_repaired_as_in_one_run(model, asked, tmp_path):
-    report = cfsp.prune(model, out=tmp_path / "once", **asked)
+def test_a_plan_with_blocks_is_repaired_as_in_one_run(model, asked, gaps, tmp_path):
     text = CalibrationText((str(asked["data"][0]),), samples=12, seqlen=64)
     settings = PruneSettings(Budget(0.0), text=text, compute=Compute("cpu"))
-    known = Known(plan=report.plan)
+    known = Known(plan=gaps.plan)
     prune_checkpoint(Checkpoint(model), tmp_path / "obeyed", settings, known=known)
-    assert not changed(tmp_path / "once", tmp_path / "obeyed")
+    assert not changed(Path(gaps.out), tmp_path / "obeyed")
