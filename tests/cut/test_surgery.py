@@ -212,12 +212,19 @@ def test_a_model_in_memory_unlike_its_class_is_refused(tokenizer, text_file, cha
         cfsp.prune(changed(build_tiny_model("llama")), tokenizer, sparsity=0.5, data=[text_file])
 
 
-def test_a_compiled_model_with_hooks_in_training_mode_is_measured_as_if_loaded(tokenizer, few):
+@pytest.fixture(scope="module")
+def usual(tokenizer, few) -> Any:
+    """The tiny Llama without half of its channels."""
+    return cfsp.prune(build_tiny_model("llama"), tokenizer, sparsity=0.5, multiple=8, **few)
+
+
+def test_a_compiled_model_with_hooks_in_training_mode_is_measured_as_if_loaded(
+    usual, tokenizer, few
+):
     model: Any = build_tiny_model("llama")
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.9
     measured = cfsp.calibrate(model, tokenizer, **few)
-    pruned = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **few)
 
     model.train()
     shown: list[Any] = []
@@ -230,7 +237,7 @@ def test_a_compiled_model_with_hooks_in_training_mode_is_measured_as_if_loaded(t
     again = cfsp.calibrate(model, tokenizer, **few)
     assert again.sensitivity == measured.sensitivity
     same = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **few)
-    assert same.config.to_dict() | {"cfsp": 0} == pruned.config.to_dict() | {"cfsp": 0}
+    assert same.config.to_dict() | {"cfsp": 0} == usual.config.to_dict() | {"cfsp": 0}
     assert not same.training
     assert [module.training for module in model.modules()] == modes
     assert not frozen.training
@@ -245,9 +252,8 @@ def test_a_compiled_model_with_hooks_in_training_mode_is_measured_as_if_loaded(t
     assert len(shown) == 2 * len(model.model.layers)
 
 
-def test_what_the_code_around_a_call_set_is_not_computed_with(tokenizer, few):
+def test_what_the_code_around_a_call_set_is_not_computed_with(usual, tokenizer, few):
     model: Any = build_tiny_model("llama")
-    usual = cfsp.prune(model, tokenizer, sparsity=0.5, multiple=8, **few)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):

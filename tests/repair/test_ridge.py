@@ -330,21 +330,21 @@ def test_best_effort_where_nothing_goes_trains_nothing(arguments, model, tmp_pat
     assert not changed(model, tmp_path / "out")
 
 
-def test_best_effort_refuses_windows_too_short_before_it_prunes(arguments, tmp_path, command):
-    before = sorted(tmp_path.iterdir())
-    error = command(*arguments, "--seqlen", 7, "--effort", "best", status=2).err
-    assert "--seqlen must be at least 8" in error
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_best_effort_refuses_too_little_to_learn_from_before_it_prunes(
-    arguments, tokenizer, text_file, tmp_path, command
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--seqlen", 7), "--seqlen must be at least 8"),
+        (("--data", "short.txt"), "1 windows of 64 tokens to learn from"),
+    ],
+)
+def test_best_effort_refuses_what_cannot_be_learnt_from_before_it_prunes(
+    more, said, arguments, tokenizer, text_file, tmp_path, command, monkeypatch
 ):
+    monkeypatch.chdir(tmp_path)
     some = tokenizer(text_file.read_text()[:2_000])["input_ids"][:96]
     (tmp_path / "short.txt").write_text(tokenizer.decode(some))
     before = sorted(tmp_path.iterdir())
-    more = ["--data", tmp_path / "short.txt", "--effort", "best"]
-    assert "1 windows of 64 tokens to learn from" in command(*arguments, *more, status=2).err
+    assert said in command(*arguments, *more, "--effort", "best", status=2).err
     assert sorted(tmp_path.iterdir()) == before
 
 
