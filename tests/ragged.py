@@ -14,8 +14,9 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.tensor_file import write_shards
 from cfsp.cut.surgery import PrunedSource
 from cfsp.planning.candidate import Dropped
-from tiny_models import build_tiny_model
+from tiny_models import build_tiny_model as tiny
 
+__all__ = ["tiny"]
 WIDTHS = (64, 32, 96)
 # How positions of tiny models may be scaled.
 LINEAR = {"rope_type": "linear", "factor": 4.0}
@@ -33,7 +34,7 @@ def cut(
     widths: Sequence[int] | None = None,
     groups: Sequence[int] | None = None,
 ) -> Checkpoint:
-    """Return a checkpoint of the model with these widths, made in an existing directory.
+    """Return a checkpoint of the model with these widths, made in a directory.
 
     Args:
         model: of three blocks.
@@ -83,11 +84,6 @@ def _chosen(unit: Unit, kept: int, chance: random.Random) -> tuple[int, ...]:
         for ffn in range(unit.ffns)
         for channel in sorted(chance.sample(range(unit.width), kept))
     )
-
-
-def tiny(name: str, **changes: Any) -> PreTrainedModel:
-    """Return a tiny random model with some settings of its config changed."""
-    return build_tiny_model(name, **changes)
 
 
 def gguf_fields_of(path: Path) -> dict[str, Any]:

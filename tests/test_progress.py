@@ -3,6 +3,7 @@
 import logging
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -57,10 +58,16 @@ def test_of_paths_the_last_part_is_shown_and_work_that_goes_on_counts_from_there
     assert caplog.messages == ["a.gguf on test.parquet: 90%, 00:40 left"]
 
 
-def test_an_evaluation_of_recovery_tells_how_far_it_is(clock, caplog):
+def begun(clock: SimpleNamespace) -> tuple[Pace, Any, Any]:
+    """Return the pace of a training of ten steps, and what a Trainer calls it with."""
     pace = Pace(Schedule(10, 2, 0.0, now=lambda: clock.seconds), None)
-    state, args = SimpleNamespace(global_step=0), SimpleNamespace(device=torch.device("cpu"))
+    args, state = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(global_step=0)
     pace.on_train_begin(args, state, None)
+    return pace, args, state
+
+
+def test_an_evaluation_of_recovery_tells_how_far_it_is(clock, caplog):
+    pace, args, state = begun(clock)
     for steps in (5, 10):
         for _ in range(3):
             clock.seconds += 35
@@ -76,9 +83,7 @@ def test_an_evaluation_of_recovery_tells_how_far_it_is(clock, caplog):
 
 
 def test_the_time_that_training_takes_is_told_by_its_steps_alone(clock, caplog):
-    pace = Pace(Schedule(10, 2, 0.0, now=lambda: clock.seconds), None)
-    state, args = SimpleNamespace(global_step=0), SimpleNamespace(device=torch.device("cpu"))
-    pace.on_train_begin(args, state, None)
+    pace, args, state = begun(clock)
     clock.seconds += 600  # the evaluation before the first step
     pace.on_prediction_step(args, state, None, eval_dataloader=range(1))
     pace.on_evaluate(

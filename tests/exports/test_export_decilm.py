@@ -195,7 +195,6 @@ _HEADS = "one number of heads for all .* have 1 to 2 KV groups; use --to gguf$"
 def test_what_a_reader_cannot_run_is_refused_by_name(
     tmp_path, tokenizer, target, name, groups, changes, message
 ):
-    (tmp_path / "a b").mkdir()
     source = wide(name, tokenizer, tmp_path / "a b", groups, **changes)
     with pytest.raises(ExportError, match=message):
         export(source.directory, target, tmp_path / "out")
@@ -241,20 +240,17 @@ def test_attentions_that_are_all_narrower_are_said_by_the_config(tmp_path, token
 
 def test_heads_of_another_size_than_a_class_takes_are_said(tmp_path, tokenizer):
     """A Qwen2 takes it from the hidden size, which fewer heads do not divide as all did."""
-    (tmp_path / "qwen2").mkdir()
     source = cut(tiny("qwen2"), tokenizer, tmp_path / "qwen2", (64, 64, 64), (1, 1, 1))
     report, fields = exported(source, "vllm", tmp_path / "out")
     assert report.layout.startswith("DeciLM") and fields["head_dim"] == 8
     with pytest.raises(ExportError, match="heads that are together as wide as the hidden state"):
         export(source.directory, "mlx-lm", tmp_path / "mlx")
-    (tmp_path / "llama").mkdir()
     source = cut(tiny("llama"), tokenizer, tmp_path / "llama", (64, 64, 64), (1, 1, 1))
     assert "LlamaForCausalLM" in export(source.directory, "mlx-lm", tmp_path / "llama-mlx").layout
 
 
 def test_other_widths_are_for_vllm_and_equal_ones_for_all(tmp_path, tokenizer):
     message = "multiples of 256 only, and 3 of 3 blocks have others; prune with --set multiple=256"
-    (tmp_path / "ragged").mkdir()
     with pytest.raises(ExportError, match=message):
         ragged = cut(tiny("llama"), tokenizer, tmp_path / "ragged")
         export(ragged.directory, "mlx-lm", tmp_path / "out")

@@ -107,7 +107,6 @@ def test_rope_scaling_arrives(tmp_path, tokenizer, name, rope):
     report = to_gguf(source, tmp_path / "m.gguf")
     assert report.verification.relative_error < 1e-5
     # The same file without the scaling would be noticed: it matters within the probe.
-    (tmp_path / "plain").mkdir()
     plain = cut(tiny(name), tokenizer, tmp_path / "plain")
     models = [cfsp.load(each.directory) for each in (source, plain)]
     scaled, unscaled = (logits_of(each, torch.arange(24)[None]) for each in models)

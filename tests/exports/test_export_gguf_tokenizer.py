@@ -62,14 +62,22 @@ def sentencepiece_like(prefix: bool) -> PreTrainedTokenizerFast:
     )
 
 
-def check(tokenizer: PreTrainedTokenizerFast, directory: Path) -> dict[str, Any]:
-    """Export a model with a tokenizer, import it, compare tokens, and return the file's fields."""
-    source = cut(tiny("llama"), tokenizer, directory, (96, 96, 96))
-    # What follows is stricter than the verification, and that loads a model.
+def exported(
+    tokenizer: PreTrainedTokenizerFast, directory: Path, name: str = "llama"
+) -> tuple[Path, Path]:
+    """Export a model with a tokenizer as m.gguf; return its directory, and that of its import."""
+    source = cut(tiny(name), tokenizer, directory, (96, 96, 96))
+    # What tests check is stricter than the verification, and that loads a model.
     export(source.directory, "gguf", directory / "m.gguf", verify=False)
+    return source.directory, import_gguf(directory / "m.gguf")
+
+
+def check(tokenizer: PreTrainedTokenizerFast, directory: Path) -> dict[str, Any]:
+    """Compare tokens of a model, its export and the import; return the file's fields."""
+    both = exported(tokenizer, directory)
     expected = llama_cpp_tokens(directory / "m.gguf", TEXTS)
     assert expected is not None
-    for loaded in (source.directory, import_gguf(directory / "m.gguf")):
+    for loaded in both:
         assert [load_tokenizer(loaded)(text)["input_ids"] for text in TEXTS] == expected
     return gguf_fields_of(directory / "m.gguf")
 
@@ -116,10 +124,8 @@ def test_a_file_says_what_ends_a_turn(tmp_path):
     tokenizer = byte_level("qwen2")
     tokenizer.add_tokens([AddedToken("<|end|>", special=True)])
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|end|>\n{% endfor %}"
-    source = cut(tiny("qwen2"), tokenizer, tmp_path, (96, 96, 96))
-    export(source.directory, "gguf", tmp_path / "m.gguf", verify=False)
+    _, imported = exported(tokenizer, tmp_path, "qwen2")
     assert gguf_fields_of(tmp_path / "m.gguf")["tokenizer.ggml.eot_token_id"] == 310
-    imported = import_gguf(tmp_path / "m.gguf")
     assert GenerationConfig.from_pretrained(imported).eos_token_id == [1, 310]
 
 
@@ -133,12 +139,10 @@ def test_added_tokens_that_no_bytes_are_written_as_come_back_whole(tmp_path):
     tokenizer.add_special_tokens({"bos_token": begin, "eos_token": end})
     both = [user, "  ", "   "]
     tokenizer.add_tokens([AddedToken(each, normalized=False) for each in both])
-    source = cut(tiny("qwen2"), tokenizer, tmp_path, (96, 96, 96))
+    own, found = map(load_tokenizer, exported(tokenizer, tmp_path, "qwen2"))
     text = f"{begin}{user}the  river    runs{end}"
-    expected = load_tokenizer(source.directory)(text)["input_ids"]
+    expected = own(text)["input_ids"]
     assert expected[:2] == [310, 312] and expected[-1] == 311
-    export(source.directory, "gguf", tmp_path / "m.gguf", verify=False)
-    found = load_tokenizer(import_gguf(tmp_path / "m.gguf"))
     assert (found.bos_token_id, found.eos_token_id, len(found)) == (310, 311, 320)
     assert found(text)["input_ids"] == expected
     assert found.decode(expected, skip_special_tokens=True) == f"{user}the  river    runs"

@@ -23,7 +23,6 @@ from cfsp.quality.evaluate import Exam, evaluate_models, perplexity_by_text
 from cfsp.quality.perplexity import divergence_and_agreement, negative_log_likelihood
 from cfsp.result.names import short_names
 from cfsp.settings import Budget, Compute, EvaluationText, PruneSettings
-from cfsp.streaming import block_pass
 from cfsp.streaming.work_dir import WorkDir
 from cfsp.text.drawing import consecutive_windows
 from cfsp.text.tokenizers import load_tokenizer
@@ -60,13 +59,6 @@ def perturbed(dense: Path, directory: Path) -> None:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter += 0.3 * parameter.abs().mean() * noise
     model.save_pretrained(directory)
-
-
-def test_people_read_of_which_model_and_text_a_pass_is(model, text_file, noted):
-    bars = noted(block_pass, "item_progress", lambda label, *_, **__: label)
-    texts = EvaluationText((str(text_file),), windows=1, seqlen=32)
-    evaluate_models([model], Exam(texts, FLOAT32))
-    assert bars == [f"{model} on {text_file}"]
 
 
 # Heads of all kinds: with a bias, scaled, capped, behind a projection; norms and widths of their

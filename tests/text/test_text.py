@@ -372,17 +372,20 @@ def test_every_text_is_held_out_in_part_and_fitted_in_part(parts):
 
 
 @pytest.mark.parametrize(
-    ("windows", "expected"),
-    [(2, [1]), (16, [7, 15]), (32, [7, 15, 23, 31]), (64, [15, 31, 47, 63]), (65, [16, 33, 50])],
+    ("parts", "expected"),
+    [
+        ([2], [1]),
+        ([16], [7, 15]),
+        ([32], [7, 15, 23, 31]),
+        ([64], [15, 31, 47, 63]),
+        ([65], [16, 33, 50]),
+        ([3, 3], [2, 5]),  # a text that would have none holds out its last
+    ],
 )
-def test_one_text_holds_out_every_eighth_and_about_four(windows, expected):
-    assert is_held_out([windows]).nonzero().flatten().tolist() == expected
-
-
-def test_a_text_that_would_have_none_holds_out_its_last():
-    assert is_held_out([3, 3]).nonzero().flatten().tolist() == [2, 5]
-    windows = Windows(torch.zeros(6, 4, dtype=torch.int64), {"a": 3, "b": 3})
-    assert windows.held_out_N.nonzero().flatten().tolist() == [2, 5]
+def test_a_text_holds_out_every_eighth_and_about_four(parts, expected):
+    assert is_held_out(parts).nonzero().flatten().tolist() == expected
+    windows = Windows(torch.zeros(sum(parts), 4), dict(zip("ab", parts, strict=False)))
+    assert windows.held_out_N.nonzero().flatten().tolist() == expected
 
 
 @settings(max_examples=30)
