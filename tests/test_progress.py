@@ -134,3 +134,11 @@ def test_bars_of_a_library_are_lines_and_all_else_it_says_is_dropped(clock, caps
         "requests:  60%",
         "requests:  90%",
     ]
+
+
+def test_what_we_say_is_told_while_a_library_has_standard_error(capsys):
+    show_messages()
+    with library_progress(), library_progress():
+        logging.getLogger("cfsp.checkpoint").warning("it may compute something else")
+        print("it chats", file=sys.stderr)
+    assert capsys.readouterr().err == "it may compute something else\n"

@@ -194,6 +194,8 @@ _INSTEAD = {
     # The type of a copy for vLLM.
     "nemotron-nas": "give the checkpoint that was exported for vLLM, or time the copy with vllm "
     "bench latency --trust-remote-code",
+    # llama.cpp's names of what it alone runs, such as our exports with widths of their own.
+    "deci openelm": "give the checkpoint that it was made of",
     "tensorrt-llm": "nobody has run a copy in TensorRT-LLM: use --to gguf",
     "cosine euclidean mse mae": "no distance was better than the angular one everywhere "
     "(docs/STUDIES.md): use angular",

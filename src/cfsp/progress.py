@@ -8,7 +8,7 @@ import re
 import sys
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from time import monotonic
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -50,15 +50,19 @@ class _BarsAsLines(io.StringIO):
 
     def __init__(self) -> None:
         super().__init__()
-        self._begin, self._shown = monotonic(), sys.stderr
+        self._begin, self.shown = monotonic(), own_stderr()
 
     def write(self, text: str) -> int:
         """Pass on a bar, which goes back to the beginning of its line."""
         is_long = monotonic() - self._begin >= _QUIET_SECONDS
         if text.startswith("\r") and is_long and is_first_process():
-            with redirect_stderr(self._shown):
-                _LINES.write(text)
+            _LINES.write(text)
         return len(text)
+
+
+def own_stderr() -> TextIO:
+    """Return where cfsp speaks: standard error, also while a library has another in its place."""
+    return sys.stderr.shown if isinstance(sys.stderr, _BarsAsLines) else sys.stderr
 
 
 def item_progress(label: str, total: int, unit: str, **options: Any) -> tqdm:  # type: ignore[type-arg]

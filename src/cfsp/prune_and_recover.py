@@ -14,7 +14,7 @@ from cfsp.checkpoint.output import before_training
 from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.decide import NOTHING_KNOWN, Known
-from cfsp.errors import OutputError
+from cfsp.errors import OutputError, ResumeError
 from cfsp.pipeline import check_output, digest_of, prune_checkpoint, pruning_identity
 from cfsp.processes import Team, process_count
 from cfsp.quality.evaluate import evaluation_windows
@@ -103,6 +103,12 @@ def prune_and_recover(
             **pruning_identity(settings, known),
         }
     )
+    if before not in (None, asked):
+        raise ResumeError(
+            f"{pruned} exists: another command, or another text, pruned it and did not finish its "
+            "training; repeat that command to finish it, or start over with: "
+            f"{shlex.join(['rm', '-r', str(pruned), str(directory_of_process(out).parent)])}"
+        )
     if before == asked:
         log.info("%s was pruned before by the same command; going on from it", pruned)
         remove_finished_work(pruned)

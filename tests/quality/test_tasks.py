@@ -69,7 +69,8 @@ def _documents(task: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
             case "winogrande":
                 original = {"option1": choices[0], "option2": choices[1], "answer": str(gold + 1)}
                 contexts = [f"{passage} {choice}" for choice in choices[:2]]
-                ours = {"context_options": contexts, "continuation": f"{asked}.", "gold": gold}
+                # The harness takes what is behind the blank without its space.
+                ours = {"context_options": contexts, "continuation": f" {asked}.", "gold": gold}
                 yield {"sentence": f"{passage} _ {asked}.", **original}, ours
                 continue
             case "piqa":

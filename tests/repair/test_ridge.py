@@ -27,7 +27,7 @@ from builders import (
 )
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.decide import Known
-from cfsp.errors import OutputError, TextError
+from cfsp.errors import ResumeError, TextError
 from cfsp.pipeline import prune_checkpoint
 from cfsp.planning.candidate import Dropped
 from cfsp.repair.result import PruningResult
@@ -274,7 +274,8 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
     assert not out.exists()
     before = (pruned / "model.safetensors").stat().st_mtime_ns
     # Another command does not take what this one left.
-    assert f"{pruned} exists" in command(*arguments, "--seed", 1, status=2).err
+    assert f"{pruned} exists" in (told := command(*arguments, "--seed", 1, status=2).err)
+    assert f"start over with: rm -r '{pruned}' '{out}.work'" in told
     # Nor does the same with another text in the file.
     content = text.read_bytes()
     text.write_bytes(content[1_000:])
@@ -310,7 +311,7 @@ def test_best_effort_without_blocks_goes_on_after_a_kill(model, text_file, tmp_p
     asked: dict[str, Any] = {"parts": "blocks", "remove": 1, "data": text, "effort": "best"}
     asked |= {"samples": 12, "seqlen": 64, "eval": text, "windows": 2}
     stopped_at("cfsp.recovery.recover.recover_checkpoint", cfsp.prune, model, out=out, **asked)
-    with pytest.raises(OutputError, match="out-pruned exists"):  # a report is by the names of texts
+    with pytest.raises(ResumeError, match="out-pruned exists"):  # a report is by the names of texts
         cfsp.prune(model, out=out, **asked | {"eval": cfsp.Text("another", text.documents)})
     report = cfsp.prune(model, out=out, **asked)
     assert report.out == str(out)  # what was trained, and not what was pruned before

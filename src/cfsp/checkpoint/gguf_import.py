@@ -24,7 +24,7 @@ from cfsp.checkpoint.output import (
 from cfsp.checkpoint.own_files import sha256_of
 from cfsp.checkpoint.text_config import text_config_of
 from cfsp.checkpoint.turn_end import ends_in, turn_end
-from cfsp.errors import CheckpointError, MissingExtraError, OutputError, first_line
+from cfsp.errors import ELSEWHERE, CheckpointError, MissingExtraError, OutputError, first_line
 from cfsp.progress import library_progress
 
 if TYPE_CHECKING:
@@ -33,10 +33,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 # Part of the name of a converted model: one that was converted in another way is not the same.
-_CONVERSION = 7
-# Quantising the same matrix twice gives copies that differ by some percent (Q4_K by 4%); a head
-# that was trained by itself has nothing of the embedding.
-_SAME_MATRIX = 0.2
+_CONVERSION = 8
 _ROWS = 4096  # that are compared
 _MOST_OF_A_NAME = 150  # bytes, of 255 that file systems mostly take
 _PATIENCE = 3600.0  # seconds for which another process that converts the same file is waited for
@@ -126,6 +123,9 @@ def _convert(path: Path, reader: GGUFReader, dtype: torch.dtype, target: Path) -
         raise CheckpointError(
             f"{path} is a part of {count}; join them first: llama-gguf-split --merge FIRST WHOLE"
         )
+    graph = reader.fields["general.architecture"].contents()
+    if instead := ELSEWHERE.get(graph):
+        raise CheckpointError(f"{path} is for llama.cpp alone (its graph {graph}); {instead}")
     try:
         # Not from the file's directory, where transformers would find an adapter and add it.
         config = AutoConfig.from_pretrained(
@@ -211,9 +211,9 @@ def _tie_again(model: PreTrainedModel, path: Path, reader: GGUFReader) -> None:
         return
     one, other = (each.detach()[:_ROWS].double() for each in (embedding, head))
     apart = float((one - other).norm() / one.norm())
-    if not apart <= _SAME_MATRIX:
-        return
     bits = _bits_per_weight(reader)
+    if not apart <= _rounding(min(bits.get(_HEAD, 16), bits.get(_EMBEDDING, 16))):
+        return
     if bits.get(_HEAD, 0) > bits.get(_EMBEDDING, 0):
         embedding.data.copy_(head.data)
     model.config.tie_word_embeddings = True
@@ -226,6 +226,15 @@ def _tie_again(model: PreTrainedModel, path: Path, reader: GGUFReader) -> None:
         model.num_parameters() / 1e6,
         (model.num_parameters() + head.numel()) / 1e6,
     )
+
+
+def _rounding(bits: float) -> float:
+    """Return how far two copies of a matrix are apart at most, relative to it, by their rounding.
+
+    Each is 2 to 3 / 2^b from what was stored in b bits for a weight; a head that was trained by
+    itself has nothing of the embedding.
+    """
+    return min(0.2, max(0.01, 5 / 2**bits))
 
 
 def _bits_per_weight(reader: GGUFReader) -> dict[str, float]:

@@ -33,7 +33,9 @@ _SIZES = {
     "sliding_window": "attention.sliding_window",
     "moe_intermediate_size": "expert_feed_forward_length",
     "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+    "n_positions": "context_length",
 }
+_EPSILONS = ("rms_norm_eps", "norm_eps", "norm_epsilon", "layer_norm_eps", "layer_norm_epsilon")
 # Of so many blocks are the 27B models, by the graph that runs them.
 _BLOCKS_OF_27B = {"gemma2": 46, "gemma3": 62}
 
@@ -46,11 +48,15 @@ def query_scalar(graph: str, config: Any) -> int:
 
 
 def restore_numbers(config: PreTrainedConfig, reader: GGUFReader) -> None:
-    """Write sizes, caps and how queries are scaled into a config that was read from a file."""
+    """Write the numbers of a file, and how queries are scaled, into the config read from it."""
     graph, text_config = reader.fields["general.architecture"].contents(), text_config_of(config)
     # Of Gemma 4, whose blocks differ, the sizes are not one number.
     differ = getattr(text_config, "is_heterogeneous", False)
-    for name, key in (_CAPS if differ else _CAPS | _SIZES).items():
+    numbers = _CAPS if differ else _CAPS | _SIZES
+    for key in ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"):
+        if f"{graph}.{key}" in reader.fields:
+            numbers = numbers | dict.fromkeys(_EPSILONS, key)
+    for name, key in numbers.items():
         said = reader.fields.get(f"{graph}.{key}")
         if said is not None and hasattr(text_config, name):
             setattr(text_config, name, said.contents() or None)  # 0: no window

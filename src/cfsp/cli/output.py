@@ -32,8 +32,10 @@ class _PlainLines(logging.Handler):
         """Write one line to standard error, as it is at that moment."""
         from tqdm import tqdm
 
+        from cfsp.progress import own_stderr
+
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(self.format(record), file=own_stderr())
         except BrokenPipeError:
             raise
         except OSError:  # its terminal is gone, or its disk is full: the work goes on

@@ -199,7 +199,8 @@ def print_report(report: PruneReport) -> None:
         # Of a goal it is what was chosen; to keep 1 of what there is asks for nothing.
         if report.plan.criterion["sparsity"] or report.goal.get("asked", 1) != 1:
             why = "the least that can go is more than what was asked for"
-            if (multiple := report.plan.criterion["multiple"]) > 1:
+            criterion = report.plan.criterion
+            if criterion["of"] == "ffn" and (multiple := criterion["multiple"]) > 1:
                 why += f", in multiples of {multiple}; give a smaller --multiple"
         print(f"nothing was removed: {why}")
     else:
