@@ -38,6 +38,11 @@ def test_more_repair_takes_more(estimate):
     assert standard["seconds"] > 0
 
 
+def test_beyond_the_budget_hidden_states_lie_on_disk_once_more(estimate):
+    within, beyond = (estimate("--memory-budget", each)["disk_bytes"] for each in ("1GB", "0"))
+    assert beyond - within == 16 * 32 * TINY_CONFIGS["llama"]().hidden_size * 4
+
+
 def test_work_is_that_of_the_formulas(estimate):
     config = TINY_CONFIGS["llama"]()
     hidden, width, blocks = config.hidden_size, config.intermediate_size, config.num_hidden_layers

@@ -83,8 +83,10 @@ def pruning_cost(source: WeightSource, out: Path, settings: PruneSettings) -> Pr
     settings, runtime = settings.suited_to_repair(), runtime_of(settings.compute, source)
     tokens = settings.text.windows * settings.text.seqlen
     hidden_bytes = tokens * text_config_of(source.config).hidden_size * runtime.dtype.itemsize
-    # As if nothing were removed, two copies of hidden states, repairs.
-    disk_bytes = source.nbytes + 2 * hidden_bytes
+    # As if nothing were removed, repairs, and hidden states as they were saved last and before
+    # that; beyond the budget they are themselves on disk.
+    copies = 2 if hidden_bytes <= hidden_budget(settings.compute.memory_budget) else 3
+    disk_bytes = source.nbytes + copies * hidden_bytes
     if settings.repairs:
         prefix = source.architecture.block_prefix
         names = [prefix(unit.block) + unit.down for unit in source.units]
