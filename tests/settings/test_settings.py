@@ -138,7 +138,7 @@ def test_numbers_of_numpy_are_those_of_python():
     found = Budget(np.float32(0.25), multiple=np.int64(4))  # type: ignore[arg-type]
     goal = TargetParameters(np.float32(0.5))  # type: ignore[arg-type]
     work = Workload(np.int64(2)), TimingConditions(rounds=np.int64(3))  # type: ignore[arg-type]
-    read = EvaluationText(windows=np.int64(5), seqlen=np.int64(64))  # type: ignore[arg-type]
+    read = EvaluationText("a.txt", np.int64(5), np.int64(64))  # type: ignore[arg-type]
     tasks = TaskSelection(("piqa",), limit=np.int64(7))  # type: ignore[arg-type]
     values = (found.sparsity, found.multiple, goal.fraction, work[0].batch, work[1].rounds)
     others = (read.windows, read.seqlen, tasks.limit)

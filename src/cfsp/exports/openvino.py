@@ -45,6 +45,9 @@ def check(source: Checkpoint) -> None:
         raise _unsupported(source, "a traced model cannot choose experts by the text")
     if text_config_of(source.config) is not source.config:
         raise _unsupported(source, "only decoders of text are traced, and this reads images too")
+    for kind in getattr(source.config, "layer_types", None) or ():
+        if not kind.endswith("attention") or kind == "linear_attention":
+            raise _unsupported(source, f"blocks of {kind} keep something else than keys and values")
     rope = getattr(source.config, "rope_parameters", None) or {}
     for each in (rope, *(of_kind for of_kind in rope.values() if isinstance(of_kind, dict))):
         if each.get("rope_type") == "dynamic":
