@@ -7,6 +7,7 @@ import random
 import re
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import SoftFileLock
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 import cfsp
 from builders import entries, raising
+from cfsp.checkpoint import output
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import exclusive, staged_directory, staged_file
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
@@ -86,6 +88,20 @@ def test_one_run_at_a_time_in_a_directory(tmp_path):
     with exclusive(tmp_path / "place"):
         pass
     assert not (tmp_path / "place").exists()
+
+
+def test_a_directory_that_ends_with_the_run_before_is_made_again(tmp_path, monkeypatch):
+    """It goes while the lock is held, perhaps after another run has made sure that it is there."""
+    acquired, place = output._acquired, tmp_path / "a" / "place"
+
+    def acquired_late(lock_file: Path, patience: float) -> Any:
+        place.rmdir()
+        place.parent.rmdir()
+        return acquired(lock_file, patience)
+
+    monkeypatch.setattr(output, "_acquired", acquired_late)
+    with exclusive(place):
+        assert place.is_dir()
 
 
 def test_a_lock_that_a_killed_run_left_may_be_removed(tmp_path, monkeypatch):

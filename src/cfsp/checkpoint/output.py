@@ -119,6 +119,8 @@ def exclusive(directory: Path, patience: float = 0) -> Iterator[None]:
         _check_is_no_file(directory)
         directory.mkdir(parents=True, exist_ok=True)
         lock = _acquired(lock_file, patience)
+        # Who held it until now may have removed the directory.
+        directory.mkdir(parents=True, exist_ok=True)
     except Timeout as error:
         raise OutputError(
             f"another run is working in {directory}; wait for it, "
