@@ -226,10 +226,10 @@ def test_a_state_is_complete_and_a_damaged_one_is_refused(runs):
     assert fields["next_block"] == 2
     hidden = state.parent / "hidden-00002.bin"
     assert hidden.stat().st_size == 9 * 32 * 32 * 4
-    results = sorted(state.parent.glob("result-*.pt"))
-    assert len(results) == 2
+    assert len(list(state.parent.glob("statistics-*.safetensors"))) == 2
+    statistics = min(state.parent.glob("statistics-*.safetensors"))
     for part, wrong in (
-        (results[0], "is not complete"),
+        (statistics, "is not complete"),
         (hidden, "is gone or damaged"),
     ):
         whole = part.read_bytes()
@@ -238,6 +238,7 @@ def test_a_state_is_complete_and_a_damaged_one_is_refused(runs):
             assert f"{wrong}; start over with: rm -r" in runs.refused(runs.calibrate)
         part.write_bytes(whole)
         assert state.is_file()
+    statistics.write_bytes(whole)
     said = f"is damaged; start over with: rm -r {runs.directory / 'stats.work'}"
     for damaged in ("{}", json.dumps({**fields, "identity": 1})):
         state.write_text(damaged)
@@ -312,7 +313,7 @@ def test_saving_takes_a_small_share_of_the_time(monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: now)
     monkeypatch.setattr(_Saver, "_save", save)
     nothing: Any = None
-    saver, hidden = _Saver(*3 * [nothing], Team()), SimpleNamespace(nbytes=3_000_000_000)
+    saver, hidden = _Saver(*4 * [nothing], Team()), SimpleNamespace(nbytes=3_000_000_000)
     while now < 20_000:  # it is expected to take 10 s, and takes less
         saver.block_done(hidden)
         now += 7.0  # a block

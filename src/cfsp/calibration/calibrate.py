@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,7 +19,6 @@ from transformers import PreTrainedConfig
 
 from cfsp.architecture.found import Unit
 from cfsp.calibration.observed import (
-    KINDS,
     BlockStatistics,
     CalibrationRecord,
     ObservedBlock,
@@ -182,8 +182,6 @@ def calibrate(
 class _Calibration(Visitor[ObservedBlock]):
     """Gathers the statistics of every block."""
 
-    kinds = KINDS
-
     def __init__(self, name: str, stride: int | None, *, is_alone: bool) -> None:
         super().__init__(name)
         self._stride, self._is_alone = stride, is_alone
@@ -193,6 +191,12 @@ class _Calibration(Visitor[ObservedBlock]):
         if self._is_alone:  # else the tokens of another process may reach an expert
             check_seen(block.units, observed.units)
         return observed
+
+    def save(self, result: ObservedBlock, directory: Path, block: int) -> None:
+        result.save(directory, block)
+
+    def load(self, directory: Path, block: int) -> ObservedBlock:
+        return ObservedBlock.load(directory, block)
 
 
 def calibration_record(job: Job, windows: Windows) -> CalibrationRecord:

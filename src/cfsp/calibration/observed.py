@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from cfsp.checkpoint.output import write_atomically
 from cfsp.errors import StatisticsError
 from cfsp.settings import UNIT_PARTS, Part
 
@@ -147,15 +148,27 @@ class ObservedBlock:
     # blocks are not compared.
     passing: Tensor | None = None
 
+    def save(self, directory: Path, index: int) -> None:
+        """Write what was gathered in the block at an index, for a killed pass."""
+        more = {} if self.passing is None else {"passing": self.passing.contiguous()}
+        facts = {"block": asdict(self.block)}
+        write_atomically(_path(directory, index), file_of_facts(facts, self.units, more))
 
-# The dataclasses of an observed block.
-KINDS = (ObservedBlock, BlockStatistics, UnitStatistics)
+    @staticmethod
+    def load(directory: Path, index: int) -> ObservedBlock:
+        """Read what `save` wrote."""
+        facts, tensors = read_facts(_path(directory, index))
+        block = BlockStatistics(**facts["block"])
+        return ObservedBlock(block, units_from(facts, tensors), tensors.get("passing"))
 
 
-def file_of_facts(facts: Mapping[str, Any], units: Sequence[UnitStatistics]) -> bytes:
-    """Return the file of JSON types and units; the same give the same bytes."""
-    tensors: dict[str, Tensor] = {}
-    entries = []
+def file_of_facts(
+    facts: Mapping[str, Any],
+    units: Sequence[UnitStatistics],
+    more: Mapping[str, Tensor] | None = None,
+) -> bytes:
+    """Return the file of JSON types, units and more tensors; the same give the same bytes."""
+    tensors, entries = dict(more or {}), []
     for number, unit in enumerate(units):
         entry: dict[str, Any] = {"block": unit.block, "tokens": unit.tokens}
         if unit.routed_E:
@@ -220,3 +233,7 @@ def units_from(
         )
         for number, entry in enumerate(facts["units"])
     )
+
+
+def _path(directory: Path, block: int) -> Path:
+    return directory / f"statistics-{block:05d}.safetensors"

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cfsp.architecture.found import Unit
 from cfsp.calibration.calibrate import added_up, check_seen, observe
-from cfsp.calibration.observed import KINDS, ObservedBlock
+from cfsp.calibration.observed import ObservedBlock
 from cfsp.checkpoint.reading import WeightSource, down_matrix, parameters_with_down
 from cfsp.job import Job
 from cfsp.planning.importance import choose_channels
@@ -118,7 +118,6 @@ class _RidgePass(Visitor[list[ChosenBlock]]):
     """
 
     waits_for_others = True
-    kinds = (*KINDS, ChosenBlock)
 
     def __init__(self, job: Job, windows: Windows, own: slice, wanted: Sequence[Wanted]) -> None:
         super().__init__(NAME)
@@ -146,6 +145,19 @@ class _RidgePass(Visitor[list[ChosenBlock]]):
                         one.kept, one.repaired = kept, repaired
             self._turn.clear()
         return chosen
+
+    def save(self, result: list[ChosenBlock], directory: Path, block: int) -> None:
+        result[0].observed.save(directory, block)
+        facts: Any = [{"kept": one.kept, "repaired": one.repaired} for one in result]
+        super().save(facts, directory, block)
+
+    def load(self, directory: Path, block: int) -> list[ChosenBlock]:
+        observed = ObservedBlock.load(directory, block)
+        facts: Any = super().load(directory, block)
+        return [
+            ChosenBlock(observed, tuple(map(tuple, one["kept"])), tuple(one["repaired"]))
+            for one in facts
+        ]
 
     def _observe(self, block: StreamedBlock) -> list[ChosenBlock]:
         indices = [index for index, _ in self._units_of(block.index)]

@@ -6,7 +6,7 @@ saves as it goes, resumes what was killed, shows progress and takes the time.
 
 from __future__ import annotations
 
-import io
+import json
 import logging
 import math
 import time
@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
-
-import torch
 
 from cfsp.checkpoint.output import write_atomically
 from cfsp.checkpoint.reading import WeightSource
@@ -49,8 +47,6 @@ class Visitor(ABC, Generic[T]):
     # Whether visits wait for those of other processes, which have other windows: they then save
     # together and go on at the same block.
     waits_for_others: bool = False
-    # Dataclasses of its results, which have tensors and JSON types besides.
-    kinds: tuple[type, ...] = ()
 
     def __init__(self, name: str) -> None:
         # Of the pass: its directory in the work directory, and what people read of it.
@@ -59,6 +55,15 @@ class Visitor(ABC, Generic[T]):
     @abstractmethod
     def visit(self, block: StreamedBlock) -> T:
         """Advance a block and return its result."""
+
+    def save(self, result: T, directory: Path, block: int) -> None:
+        """Write the result of one block, here JSON types; it is on disk when this returns."""
+        write_atomically(directory / f"result-{block:05d}.json", json.dumps(result).encode())
+
+    def load(self, directory: Path, block: int) -> T:
+        """Read what `save` wrote, the same bit for bit."""
+        result: T = json.loads((directory / f"result-{block:05d}.json").read_text("utf-8"))
+        return result
 
     def may_stop_after(self, block: int) -> bool:
         """Return whether hidden states and results are all that the next visit needs."""
@@ -80,16 +85,14 @@ def pass_blocks(
         state.next_block = max(set.intersection(*team.gather(state.reachable)))
     results: list[T] = []
     if state is not None and state.next_block:
-        known = torch.serialization.safe_globals([*visitor.kinds])
-        with reading_work(state.directory, f"{state.directory} is not complete"), known:
-            files = (_result_file(state, block) for block in range(state.next_block))
-            results = [torch.load(file, "cpu", weights_only=True) for file in files]
+        with reading_work(state.directory, f"{state.directory} is not complete"):
+            results = [visitor.load(state.directory, block) for block in range(state.next_block)]
         if label not in work_dir.times:  # what this run made itself is no news
             logger.info("%s: going on at block %d of %d", label, len(results), blocks)
     if len(results) == blocks:
         return results
     times = work_dir.times.setdefault(label, PassTimes())
-    saver = None if state is None else _Saver(state, results, times, team)
+    saver = None if state is None else _Saver(state, visitor, results, times, team)
     tokens = windows.tokens_NT.numel() * blocks + visitor.more_tokens
     done = tokens * len(results) // blocks
     bar = item_progress(label, tokens, "tok", unit_scale=True, initial=done)
@@ -120,6 +123,7 @@ class _Saver:
     """Saves results and hidden states, as often as costs little."""
 
     state: PassState
+    visitor: Visitor[Any]
     results: list[Any]
     times: PassTimes
     team: Team
@@ -147,19 +151,13 @@ class _Saver:
     def _save(self, hidden: HiddenStates | None) -> None:
         with self.times.stage("saving"):
             for block in range(self.state.next_block, len(self.results)):
-                data = io.BytesIO()
-                torch.save(self.results[block], data)
-                write_atomically(_result_file(self.state, block), data.getvalue())
+                self.visitor.save(self.results[block], self.state.directory, block)
             if hidden is not None:
                 hidden.save(self.state.hidden_file(len(self.results)))
             self.state.commit(len(self.results))
             # Who goes on removes what others would go back to.
             self.team.gather(None)
             self.state.remove_earlier()
-
-
-def _result_file(state: PassState, block: int) -> Path:
-    return state.directory / f"result-{block:05d}.pt"
 
 
 def _open_hidden(

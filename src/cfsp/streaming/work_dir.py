@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 from cfsp.checkpoint.output import created_parents, exclusive, write_atomically
@@ -34,6 +33,7 @@ from cfsp.errors import (
     CheckpointError,
     OutputError,
     ResumeError,
+    StatisticsError,
     TextError,
     UsageError,
 )
@@ -275,7 +275,7 @@ def reading_work(directory: Path, wrong: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, EOFError, RuntimeError, UnpicklingError, *OF_DAMAGE) as error:
+    except (OSError, RecursionError, StatisticsError, *OF_DAMAGE) as error:
         raise ResumeError(f"{wrong}; {start_over(directory.parents[1])}") from error
 
 
