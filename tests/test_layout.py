@@ -143,6 +143,12 @@ def test_whatever_an_auto_class_reads_runs_no_code():
     assert not silent
 
 
+def test_nothing_is_read_or_written_as_a_pickle():
+    """Also not what a killed run leaves for the next."""
+    of_pickles = {"torch.load", "torch.save", "pickle.load", "pickle.loads", "pickle.dumps"}
+    assert [path for path, call in calls() if ast.unparse(call.func) in of_pickles] == []
+
+
 def test_few_lines_ask_which_part_something_is():
     asked = {
         f"{path}:{node.lineno}"
