@@ -143,6 +143,17 @@ def test_whatever_an_auto_class_reads_runs_no_code():
     assert not silent
 
 
+def test_no_model_computes_with_code_of_the_hub():
+    """transformers takes its kernels from 5.25 on, unless it is told not to."""
+    said = [
+        {key.arg: ast.unparse(key.value) for key in call.keywords}
+        for _, call in calls()
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "from_pretrained"
+    ]
+    of_models = [each.get("use_kernels") for each in said if "dtype" in each]
+    assert of_models == ["False"] * 2
+
+
 def test_nothing_is_read_or_written_as_a_pickle():
     """Also not what a killed run leaves for the next."""
     of_pickles = {"torch.load", "torch.save", "pickle.load", "pickle.loads", "pickle.dumps"}

@@ -143,6 +143,7 @@ def _convert(path: Path, reader: GGUFReader, dtype: torch.dtype, target: Path) -
             dtype=dtype,
             quantization_config=GgufConfig(dequantize=True),
             trust_remote_code=False,
+            use_kernels=False,
             output_loading_info=True,
         )
         if missing := sorted(told["missing_keys"]):

@@ -97,7 +97,9 @@ def load(
     """Load a model into memory through transformers, in evaluation mode.
 
     No code of the directory is run: a pruned checkpoint whose blocks differ is built with this
-    package's own copy of the modelling file. A quantised model is dequantised, as pruning does it.
+    package's own copy of the modelling file. Nor are kernels of the hub, as transformers does from
+    5.25 on: `model.set_use_kernels(True)` takes them. A quantised model is dequantised, as
+    pruning does it.
 
     Args:
         name: a directory, a .gguf file, a hub id, or `demo`.
@@ -122,7 +124,7 @@ def load(
         if checkpoint.quantisation is None:
             # Types that share a model class differ in their configs: EXAONE is a Llama.
             model: Any = build.from_pretrained(
-                checkpoint.directory, config=checkpoint.config, dtype=dtype
+                checkpoint.directory, config=checkpoint.config, dtype=dtype, use_kernels=False
             )
         else:
             model = _dequantised_model(checkpoint, dtype)
