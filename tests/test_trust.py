@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from filelock import SoftFileLock
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaForCausalLM
 
 import cfsp
 from builders import entries, raising
@@ -23,7 +25,7 @@ from cfsp.checkpoint.output import exclusive, staged_directory, staged_file
 from cfsp.checkpoint.own_files import PLAN_FILE, STATISTICS_FILE
 from cfsp.cli import main
 from cfsp.decide import plan_from
-from cfsp.errors import OutputError
+from cfsp.errors import ChangedFileError, OutputError
 from cfsp.result.card import Origin, model_card
 from cfsp.result.manifest import read_manifest
 from cfsp.settings import Budget, PruneSettings
@@ -143,6 +145,23 @@ def test_the_first_of_two_outputs_stays(tmp_path):
         (tmp_path / "one").write_text("first")
     assert (tmp_path / "one").read_text() == "first"
     assert entries(tmp_path) == {"out", "one"}
+
+
+def test_a_source_that_is_gone_is_not_said_to_be_the_output(model, tmp_path, monkeypatch):
+    """As where someone removes it during a run."""
+    gone = "could be read before and now cannot: "
+    source, out = tmp_path / "file", tmp_path / "out"
+    with (
+        pytest.raises(ChangedFileError, match=f"file {gone}No such file"),
+        staged_directory(out) as staging,
+    ):
+        shutil.copyfile(source, staging / "file")
+    with pytest.raises(OutputError, match=r"cannot write .*out"), staged_directory(out) as staging:
+        staging.rmdir()
+    assert entries(tmp_path) == set()
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", raising(OSError("no such file\nat")))
+    with pytest.raises(ChangedFileError, match=f"{model} {gone}OSError: no such file;"):
+        cfsp.load(model)
 
 
 def test_a_sweep_where_another_one_works_is_refused(model, text_file, tmp_path, command):

@@ -45,6 +45,12 @@ class ChangedFileError(CheckpointError):
 
     keeps_work = True
 
+    @classmethod
+    def gone(cls, path: object, error: OSError) -> ChangedFileError:
+        """Return that of a file, or a model, which can't be read any more."""
+        why = error.strerror or first_line(error)
+        return cls(f"{path} could be read before and now cannot: {why}; start again when it can")
+
 
 class UnsupportedModelError(CheckpointError):
     """The model cannot be pruned: a module, a class or a way to store it is not supported."""

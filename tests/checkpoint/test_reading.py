@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import cfsp
@@ -90,6 +91,11 @@ def test_a_class_of_the_users_that_no_config_builds_is_told(caplog, monkeypatch)
     assert not caplog.text
     LoadedModel(QuietLlama(config))
     assert "is a QuietLlama, but its config builds a LlamaForCausalLM" in caplog.text
+    caplog.clear()
+    other = LlamaForCausalLM(config)
+    other.model.layers[1].mlp.act_fn = nn.ReLU()
+    LoadedModel(other)
+    assert "model.layers.1.mlp.act_fn is a ReLU, but its config builds a SiLU" in caplog.text
     caplog.clear()
     registered = AutoModelForCausalLM._model_mapping._extra_content  # type: ignore[attr-defined]
     monkeypatch.setitem(registered, LlamaConfig, QuietLlama)

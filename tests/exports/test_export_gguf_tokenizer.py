@@ -10,11 +10,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers import pre_tokenizers as pre
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from builders import raising
 from cfsp.checkpoint.gguf_import import gguf_reader, import_gguf
 from cfsp.checkpoint.gguf_tokenizer import BY_NAME, PRE_TOKENIZERS, fields_of, tokenizer_of
 from cfsp.checkpoint.llama_cpp import llama_cpp_tokens
 from cfsp.checkpoint.reading import Checkpoint
-from cfsp.errors import CannotSayError, ExportError
+from cfsp.errors import CannotSayError, ExportError, OutputError
 from cfsp.exports.gguf import write
 from cfsp.exports.registry import export
 from cfsp.text.tokenizers import load_tokenizer
@@ -209,7 +210,7 @@ def test_white_space_behind_special_tokens_of_phi3(tmp_path):
     assert [found(text)["input_ids"] for text in texts] == llama_cpp_tokens(path, texts)
 
 
-def test_a_vocabulary_may_have_no_letter_a_but_not_no_merges(tmp_path):
+def test_a_vocabulary_may_have_no_letter_a_but_not_no_merges(monkeypatch):
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = BY_NAME["llama-bpe"].splits()
     core.train_from_iterator(["BCD BCD BC "], trainers.BpeTrainer(special_tokens=["<s>", "</s>"]))
@@ -221,6 +222,10 @@ def test_a_vocabulary_may_have_no_letter_a_but_not_no_merges(tmp_path):
     data["model"]["merges"] = []
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)))
     with pytest.raises(CannotSayError, match="has no merges, without which"):
+        fields_of(bare, 310, "llama-bpe")
+    full = raising(Exception("No space left on device (os error 28)"))
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    with pytest.raises(OutputError, match=r"cannot write to .*No space left.*or set TMPDIR"):
         fields_of(bare, 310, "llama-bpe")
 
 

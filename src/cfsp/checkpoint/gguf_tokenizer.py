@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from cfsp.checkpoint.turn_end import turn_end
-from cfsp.errors import CannotSayError, ExportError
+from cfsp.errors import CannotSayError, ExportError, OutputError, first_line
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, SpecialVocab
@@ -261,7 +261,12 @@ def fields_of(
     from gguf import SpecialVocab
 
     with tempfile.TemporaryDirectory() as directory:
-        tokenizer.save_pretrained(directory)
+        try:
+            tokenizer.save_pretrained(directory)
+        except Exception as error:  # of a full disk the package tokenizers has its own
+            raise OutputError(
+                f"cannot write to {directory}: {first_line(error)}; make room there, or set TMPDIR"
+            ) from error
         path = Path(directory) / "tokenizer.json"
         if not path.is_file():
             raise CannotSayError(

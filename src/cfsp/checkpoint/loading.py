@@ -20,7 +20,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint, read_tensors
 from cfsp.checkpoint.skeleton import build_skeleton, fill, model_class, tie
-from cfsp.errors import UsageError, first_line
+from cfsp.errors import ChangedFileError, UsageError, first_line
 from cfsp.progress import library_progress
 from cfsp.settings import Compute
 
@@ -123,9 +123,13 @@ def load(
         build: Any = model_class(checkpoint.config)
         if checkpoint.quantisation is None:
             # Types that share a model class differ in their configs: EXAONE is a Llama.
-            model: Any = build.from_pretrained(
-                checkpoint.directory, config=checkpoint.config, dtype=dtype, use_kernels=False
-            )
+            where = checkpoint.directory
+            try:
+                model: Any = build.from_pretrained(
+                    where, config=checkpoint.config, dtype=dtype, use_kernels=False
+                )
+            except OSError as error:  # its headers were read
+                raise ChangedFileError.gone(where, error) from error
         else:
             model = _dequantised_model(checkpoint, dtype)
     if device is not None:

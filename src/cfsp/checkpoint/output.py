@@ -19,7 +19,7 @@ import psutil
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from cfsp.checkpoint.locating import given_path
-from cfsp.errors import OutputError, UsageError, first_line
+from cfsp.errors import ChangedFileError, OutputError, UsageError, first_line
 
 # Numbers of processes are those of one machine, or one container, which has a name of its own.
 _MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
@@ -194,6 +194,9 @@ def _staged(target: Path) -> Iterator[Path]:
             yield staging
             staging.rename(target)
         except OSError as error:
+            read = isinstance(error, FileNotFoundError) and error.filename
+            if read and not str(read).startswith(str(staging)):
+                raise ChangedFileError.gone(read, error) from error
             raise cannot_write(target, error) from error
         finally:
             _remove(staging)

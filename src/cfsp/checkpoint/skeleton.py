@@ -156,13 +156,16 @@ def check_is_of_its_config(model: PreTrainedModel) -> None:
                 f"asks for {list(tensor.shape)}: give the model as it was before other tools "
                 "changed it"
             )
-    own, name = type(model).__name__, type(built).__name__
-    if own != name:
-        logger.warning(
-            "the model in memory is a %s, but its config builds a %s, and so will cfsp; register "
-            "yours with AutoModelForCausalLM.register",
-            *(own, name),
-        )
+    of_config = {path: type(module).__name__ for path, module in built.named_modules()}
+    for path, module in model.named_modules():
+        own, name = type(module).__name__, of_config.get(path)
+        if name not in (own, None):
+            logger.warning(
+                "%s is a %s, but its config builds a %s, and so will cfsp; register a class of "
+                "yours with AutoModelForCausalLM.register",
+                *(path or "the model in memory", own, name),
+            )
+            return
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

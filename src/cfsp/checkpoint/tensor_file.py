@@ -129,10 +129,7 @@ class FileTensor(StoredTensor):
                 count = file.readinto(data.numpy().data)
                 is_as_before = count == len(data) and _version(file.fileno()) == self._version
         except OSError as error:  # by whoever writes what is made of it, it would be the output
-            raise ChangedFileError(
-                f"{self.path} could be read before and now cannot: {error.strerror}; start again "
-                "when it can"
-            ) from error
+            raise ChangedFileError.gone(self.path, error) from error
         if not is_as_before:
             raise ChangedFileError(f"{self.path} was changed while it was read; start again")
         return data.view(dtype)
