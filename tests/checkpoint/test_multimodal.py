@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers import Llama4ForConditionalGeneration
 
-from builders import changed, read_json, tensors
+from builders import changed, raising, read_json, tensors
 from cfsp.checkpoint.reading import LoadedModel
 from cfsp.errors import UnsupportedModelError
 from cfsp.recovery.loss import loss_inside
@@ -124,7 +124,8 @@ def test_repair_and_recovery_write_the_stored_names(gemma, text_file, tmp_path, 
 
 
 def test_a_class_that_cannot_run_is_not_trained(monkeypatch):
-    monkeypatch.delattr(MoeCausalLMOutputWithPast, "image_outputs")
+    fails = raising(AttributeError("as that of transformers 5.24"))
+    monkeypatch.setattr(Llama4ForConditionalGeneration, "forward", fails)
     with (
         pytest.raises(UnsupportedModelError, match=r"Llama4ForCond.* its own forward fails in"),
         loss_inside(tiny_model("llama4")),

@@ -272,7 +272,7 @@ def multiplies_only(model: Any) -> bool:
     """Return whether a model's logits are its last hidden states times its head's weight.
 
     It is asked, with two tokens, rather than known by its name. A multimodal model that does not
-    run on text alone, as Llama 4 of 5.24, is refused.
+    run on text alone, as Llama 4 of transformers 5.24, is refused.
     """
     head, base = model.get_output_embeddings(), model.base_model
     if base is model:  # where the prefix of its names is that of a multimodal model around it
