@@ -145,7 +145,8 @@ class MissingExtraError(CfspError):
 
 def first_line(error: Exception) -> str:
     """Return what is wrong, in one line of bounded length; some errors have only a name."""
-    reason = str(error).strip().partition("\n")[0][:200]
+    reason = str(error).strip().partition("\n")[0]
+    reason = f"{reason[:200]}..." if len(reason) > 200 else reason
     return f"{type(error).__name__}: {reason}".rstrip(" :")
 
 
@@ -178,7 +179,7 @@ def refusing_bad_json(path: Path, otherwise: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise CheckpointError(f"cannot read {path}: {why_unread(error)}") from error
     except (*OF_DAMAGE, RecursionError) as error:
         raise CheckpointError(f"{path} {otherwise}") from error
 
