@@ -12,7 +12,6 @@ from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.result.card import Origin, model_card, origin_of
 from cfsp.result.manifest import read_manifest
-from cfsp.result.tables import Table
 from report_runs import changed_copy, measured, recovered
 
 
@@ -64,10 +63,6 @@ def test_card_says_what_was_done_and_on_which_text(run, text_file):
         assert said in text
     for place in (run, text_file):
         assert str(place.parent) not in text  # the hub shows it to everybody
-
-
-def test_a_bar_in_a_name_ends_no_cell():
-    assert Table(("text",), [("`a|b`",)]).to_markdown() == "| text |\n| --- |\n| `a\\|b` |\n"
 
 
 def test_what_made_the_model_before_made_this_one(run, text_file, tmp_path):

@@ -115,13 +115,6 @@ def test_runs_of_different_models_get_tables_of_their_own(run, tmp_path):
     assert [len(group.runs) for group in group_runs(read_runs([run, other, *trained]))] == [1] * 4
 
 
-def test_page_without_a_plan_leaves_out_what_it_shows(run, tmp_path):
-    copy = changed_copy(run, tmp_path / "copy", lambda manifest: None)
-    (copy / "cfsp_plan.json").unlink()
-    assert "What each block does" in rendered([run], tmp_path)
-    assert "What each block does" not in rendered([copy], tmp_path)
-
-
 def test_foreign_text_cannot_become_markup(run, tmp_path):
     """Neither by a name, a command, a text, a version, a step of repair nor a directory."""
 
