@@ -42,24 +42,22 @@ def few_words(monkeypatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def dense(tiny_checkpoint) -> Path:
-    found: Path = tiny_checkpoint("llama")
-    return found
+def dense(model) -> Any:
+    return load(model, dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def chatting(dense, tokenizer) -> Any:
     """Ends turns with what the tiny model says often."""
-    model = load(dense, dtype="float32")
     start = torch.tensor([tokenizer("<s>user: ", add_special_tokens=False)["input_ids"]])
     with torch.inference_mode():
-        likeliest = model(start).logits[0, -1].topk(20).indices.tolist()
+        likeliest = dense(start).logits[0, -1].topk(20).indices.tolist()
     words = (tokenizer.convert_ids_to_tokens(token) for token in likeliest)
     return with_turns(tokenizer, next(word for word in words if word.isalpha()))
 
 
 @pytest.fixture
-def saved(pruned, dense, chatting, tmp_path) -> Path:
+def saved(pruned, chatting, tmp_path) -> Path:
     """A pruned model whose tokenizer chats."""
     copied = tmp_path / "chatting"
     shutil.copytree(pruned, copied)
@@ -76,17 +74,16 @@ def test_a_template_opens_a_turn_where_a_token_ends_it(tokenizer, chatting):
 
 
 def test_a_model_asks_itself_and_answers(dense, chatting, monkeypatch):
-    model = load(dense, dtype="float32")
-    chats = own_chats(model, chatting, 40, seed=3)
+    chats = own_chats(dense, chatting, 40, seed=3)
     assert 4 < len(chats) <= 40
     for user, assistant in chats:
         assert (user["role"], assistant["role"]) == ("user", "assistant")
         assert user["content"] and assistant["content"]
-    assert chats == own_chats(model, chatting, 40, seed=3)
-    assert chats != own_chats(model, chatting, 40, seed=4)
+    assert chats == own_chats(dense, chatting, 40, seed=3)
+    assert chats != own_chats(dense, chatting, 40, seed=4)
     # A question that leaves no room for an answer is none.
-    model.config.max_position_embeddings = module._ANSWER_TOKENS
-    assert own_chats(model, chatting, 40, seed=3) == []
+    monkeypatch.setattr(dense.config, "max_position_embeddings", module._ANSWER_TOKENS)
+    assert own_chats(dense, chatting, 40, seed=3) == []
 
 
 def test_chats_are_a_quarter_of_a_pass(chatting, text_file):
@@ -118,12 +115,12 @@ def test_chats_are_a_quarter_of_a_pass(chatting, text_file):
     assert with_chats(text, [], chatting) is text
 
 
-def test_recovery_learns_from_them(saved, dense, tmp_path, text_file, monkeypatch):
+def test_recovery_learns_from_them(saved, model, tmp_path, text_file, monkeypatch):
     monkeypatch.setattr("cfsp.recovery.own_chats._LEAST_WINDOWS", 1)
 
     def run(out: Path) -> dict[str, Any]:
         how = training(2, evaluations=1, own_chats=32)
-        recover(saved, out, text_file, teacher=str(dense), training=how)
+        recover(saved, out, text_file, teacher=str(model), training=how)
         found: dict[str, Any] = read_json(out / "cfsp.json")["recovery"]
         return found
 
@@ -139,7 +136,7 @@ def test_recovery_learns_from_them(saved, dense, tmp_path, text_file, monkeypatc
 
 
 def test_a_model_that_is_too_slow_writes_none_and_stops_early(dense, chatting, monkeypatch):
-    model, said = load(dense, dtype="float32"), []
+    said: list[Any] = []
 
     def continue_from(self: Any, *args: Any, **how: Any) -> Any:
         said.append(original(self, *args, **how))
@@ -147,32 +144,31 @@ def test_a_model_that_is_too_slow_writes_none_and_stops_early(dense, chatting, m
 
     original = Generator.continue_from
     monkeypatch.setattr(Generator, "continue_from", continue_from)
-    assert own_chats(model, chatting, 40, seed=3, seconds=1e-6) == []
+    assert own_chats(dense, chatting, 40, seed=3, seconds=1e-6) == []
     assert {len(tokens) for some in said for tokens in some} == {1}
 
 
 def test_a_model_that_padding_disturbs_writes_none(dense, chatting, monkeypatch):
-    model = load(dense, dtype="float32")
-    assert own_chats(model, chatting, 8, seed=3)
+    assert own_chats(dense, chatting, 8, seed=3)
     monkeypatch.setattr("cfsp.quality.generation._MOST_OF_PADDING", -1.0)
-    assert own_chats(model, chatting, 8, seed=3) == []
+    assert own_chats(dense, chatting, 8, seed=3) == []
 
 
-def test_they_have_a_quarter_of_the_minutes(saved, dense, tmp_path, text_file, monkeypatch):
+def test_they_have_a_quarter_of_the_minutes(saved, model, tmp_path, text_file, monkeypatch):
     def own_chats(model: Any, tokenizer: Any, count: int, seed: int, seconds: float) -> Any:
         raise LookupError(f"{count} chats in {seconds} seconds")
 
     monkeypatch.setattr("cfsp.recovery.own_chats.own_chats", own_chats)
     how = Training(Limit(minutes=1), batch_windows=4, seqlen=32, evaluations=1)
     with pytest.raises(LookupError, match=r"^128 chats in 15\.0 seconds$"):
-        recover(saved, tmp_path / "out", text_file, teacher=str(dense), training=how)
+        recover(saved, tmp_path / "out", text_file, teacher=str(model), training=how)
 
 
 @pytest.mark.parametrize(
     ("windows", "asked", "found"), [(8, {}, [128]), (9, {}, []), (8, {"own_chats": 0}, [])]
 )
 def test_a_short_run_has_none(
-    windows, asked, found, saved, dense, tmp_path, text_file, monkeypatch
+    windows, asked, found, saved, model, tmp_path, text_file, monkeypatch
 ):
     begun: list[int] = []
 
@@ -184,5 +180,5 @@ def test_a_short_run_has_none(
     monkeypatch.setattr("cfsp.recovery.own_chats._LEAST_WINDOWS", windows)
     how: dict[str, Any] = {"training": training(2, evaluations=1, **asked)}  # of four windows each
     run = (recover, saved, tmp_path / "out", text_file)
-    stopped_at("cfsp.recovery.recover.train", *run, teacher=str(dense), **how)
+    stopped_at("cfsp.recovery.recover.train", *run, teacher=str(model), **how)
     assert begun == found
