@@ -142,7 +142,7 @@ CHANGES = {
         ("llama", LINEAR),
         ("llama", LLAMA3),
         ("llama-biased", {"rope_theta": 50_000.0}),
-        ("qwen2", YARN | {"attention_factor": 1.5, "beta_fast": 16.0}),
+        ("qwen2", YARN | {"attention_factor": 1.5}),
     ],
 )
 def test_positions_and_biases_come_back(tmp_path, tokenizer, name, rope):

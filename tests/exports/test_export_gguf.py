@@ -183,6 +183,9 @@ def test_no_way_back_to_gguf_is_said_before_pruning(tmp_path, save, text_file, c
             "llama", None, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
             "'dynamic' is not supported; supported are: default, linear, llama3, yarn",
         ),
+        # What its graphs do not read of a file.
+        ("llama", None, {"rope_parameters": YARN | {"beta_fast": 8.0}}, "fast 32, the model 8"),
+        ("qwen3", None, {"rope_parameters": YARN | {"beta_slow": 2.0}}, "slow 1, the model 2"),
         ("qwen3", None, {"rope_parameters": LLAMA3}, "openelm graph reads no factors"),
         ("qwen3", None, {"attention_bias": True}, "openelm graph reads no biases"),
         # What Gemma's graphs take for granted.
