@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 # Part of the name of a converted model: one that was converted in another way is not the same.
-_CONVERSION = 8
+_CONVERSION = 9
 _ROWS = 4096  # that are compared
 _MOST_OF_A_NAME = 150  # bytes, of 255 that file systems mostly take
 _PATIENCE = 3600.0  # seconds for which another process that converts the same file is waited for
