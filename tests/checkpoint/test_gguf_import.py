@@ -21,6 +21,7 @@ from cfsp.checkpoint.gguf_import import import_gguf
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CheckpointError, OutputError
+from cfsp.exports import gguf
 from cfsp.exports.gguf import write
 from cfsp.text.tokenizers import load_tokenizer
 from ragged import LINEAR, LLAMA3, YARN, tiny
@@ -231,19 +232,66 @@ def test_a_file_with_widths_of_its_own_is_refused(make_gguf, monkeypatch):
         import_gguf(make_gguf(1.0))
 
 
-def test_a_part_of_a_file_is_refused(tmp_path):
-    from gguf import GGUFWriter
+def header(path: Path, said: dict[str, Any]) -> Path:
+    """Write a file that says this beside one matrix."""
+    from gguf import GGUFValueType, GGUFWriter
 
-    path = tmp_path / "m-00001-of-00002.gguf"
     writer = GGUFWriter(path, "llama")
-    writer.add_uint16("split.count", 2)
+    writer.kv_data[0].clear()
+    for key, value in said.items():
+        kind = GGUFValueType.get_type(value)
+        of = GGUFValueType.get_type(value[0]) if kind == GGUFValueType.ARRAY else None
+        writer.add_key_value(key, value, kind, of)
     writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match="is a part of 2; join them first: llama-gguf-split"):
-        import_gguf(path)
+    return path
+
+
+GRAPH, COUNT = "general.architecture", "split.count"
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({GRAPH: "llama", COUNT: 2}, "is a part of 2; join them first: llama-gguf-split"),
+        ({GRAPH: "llama", COUNT: "1"}, "has no split.count that can be read; download it again"),
+        ({GRAPH: "llama", COUNT: [2]}, r"has no split\.count that can be read"),
+        ({}, r"has no general\.architecture that can be read; download it again"),
+        ({GRAPH: 5}, r"has no general\.architecture that can be read"),
+    ],
+)
+def test_a_part_of_a_file_and_damage_are_refused(tmp_path, said, message):
+    with pytest.raises(CheckpointError, match=message):
+        import_gguf(header(tmp_path / "m.gguf", said))
+
+
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        (32, r"layers\.0\.mlp\.down_proj\.weight is \(32, 96\) in it, \(32, 32\) by its header"),
+        ([96, 32, 96], "says feed_forward_length block by block, as if widths differed"),
+    ],
+)
+def test_other_widths_than_the_header_says_are_named(make_gguf, monkeypatch, width, message):
+    real = gguf._fields
+    widths = {"feed_forward_length": width}
+    monkeypatch.setattr(gguf, "_fields", lambda *given: real(*given) | widths)
+    with pytest.raises(CheckpointError, match=message):
+        import_gguf(make_gguf(1.0))
+
+
+def test_a_llama_that_is_named_mistral_is_one(tmp_path, tokenizer, monkeypatch):
+    """By this very name transformers takes another type, of which it then has no tensors."""
+    real = gguf._fields
+    monkeypatch.setattr(gguf, "_fields", lambda *given: real(*given) | {"name": "mistral"})
+    tiny("llama").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    write(Checkpoint(tmp_path), tmp_path / "m.gguf", "f32")
+    found = Checkpoint(import_gguf(tmp_path / "m.gguf"))
+    assert found.config.model_type == "llama" and found.specs == Checkpoint(tmp_path).specs
 
 
 def test_numbers_that_nobody_reads_are_told_of(make_gguf, monkeypatch, caplog):
