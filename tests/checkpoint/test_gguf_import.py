@@ -5,7 +5,6 @@ import logging
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,30 +13,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    FalconConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    NemotronConfig,
-    Phi3Config,
-    Qwen2MoeConfig,
-    Qwen3Config,
-    StableLmConfig,
-)
 
 import cfsp
 from builders import entries, raising, random_tokens
 from cfsp.checkpoint import gguf_import
 from cfsp.checkpoint.gguf_import import import_gguf
-from cfsp.checkpoint.gguf_rope import (
-    query_scalar,
-    restore_numbers,
-    restore_positions,
-)
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import CheckpointError, OutputError
+from cfsp.exports import gguf
 from cfsp.exports.gguf import write
 from cfsp.text.tokenizers import load_tokenizer
 from ragged import LINEAR, LLAMA3, YARN, tiny
@@ -118,18 +102,6 @@ def test_the_more_precise_copy_stays(make_gguf, monkeypatch):
     assert torch.equal(found, head)
 
 
-def reader_of(graph: str, said: dict[str, object], **tensors: list[float]) -> SimpleNamespace:
-    """Return a reader of a file that says this and holds these tensors."""
-    said = {"general.architecture": graph} | {f"{graph}.{key}": said[key] for key in said}
-    return SimpleNamespace(
-        fields={key: SimpleNamespace(contents=partial(said.get, key)) for key in said},
-        tensors=[
-            SimpleNamespace(name=f"{name}.weight", data=np.array(data, np.float32))
-            for name, data in tensors.items()
-        ],
-    )
-
-
 CHANGES = {
     "qwen2": {"sliding_window": None, "use_sliding_window": False},
     "qwen3": {"head_dim": 8},
@@ -142,7 +114,7 @@ CHANGES = {
         ("llama", LINEAR),
         ("llama", LLAMA3),
         ("llama-biased", {"rope_theta": 50_000.0}),
-        ("qwen2", YARN | {"attention_factor": 1.5, "beta_fast": 16.0}),
+        ("qwen2", YARN | {"attention_factor": 1.5}),
     ],
 )
 def test_positions_and_biases_come_back(tmp_path, tokenizer, name, rope):
@@ -171,88 +143,6 @@ def test_scales_of_attention_come_back(tmp_path, tokenizer, monkeypatch, name, c
     with torch.inference_mode():
         expected = cfsp.load(tmp_path)(input_ids=tokens_BT).logits
         assert torch.allclose(found(input_ids=tokens_BT).logits, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("graph", "blocks", "scalar"),
-    [("gemma2", 46, 144), ("gemma2", 42, 128), ("gemma3", 62, 144), ("gemma3", 46, 128)],
-)
-def test_the_largest_gemmas_scale_queries_by_the_hidden_size(graph, blocks, scalar):
-    config = Gemma2Config(
-        num_hidden_layers=blocks, hidden_size=4608, num_attention_heads=32, head_dim=128
-    )
-    assert query_scalar(graph, config) == scalar
-
-
-# Of a file: a part of the head is rotated; the factor of attention is the config's own.
-EPSILON = {"attention.layer_norm_epsilon": 0.01}
-ROTATED = {"rope.dimension_count": 96}
-OF_YARN = {
-    "rope.scaling.type": "yarn", "rope.scaling.factor": 4.0,
-    "rope.scaling.original_context_length": 64, "rope.scaling.yarn_attn_factor": 1.5,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("config_class", "graph", "said", "expected"),
-    [
-        (Qwen3Config, "qwen3", {"attention.key_length": 64}, {"head_dim": 64}),
-        (Phi3Config, "phi3", {"attention.sliding_window": 2047}, {"sliding_window": 2047}),
-        (Phi3Config, "phi3", {"attention.sliding_window": 0}, {"sliding_window": None}),
-        (
-            Qwen2MoeConfig,
-            "qwen2moe",
-            {"expert_feed_forward_length": 7, "expert_shared_feed_forward_length": 9},
-            {"moe_intermediate_size": 7, "shared_expert_intermediate_size": 9},
-        ),
-        (GPT2Config, "gpt2", {"context_length": 256}, {"n_positions": 256}),
-        (FalconConfig, "falcon", EPSILON, {"layer_norm_epsilon": 0.01}),
-        (NemotronConfig, "nemotron", EPSILON, {"norm_eps": 0.01}),
-        # Some configs say the size of a head, others that of all heads together.
-        (StableLmConfig, "any", ROTATED, {"partial_rotary_factor": 0.75}),
-        (NemotronConfig, "any", ROTATED, {"partial_rotary_factor": 0.75}),
-        (Qwen3Config, "qwen3", OF_YARN, {"attention_factor": 1.5}),
-    ],
-)
-def test_sizes_and_positions_come_from_the_file(config_class, graph, said, expected):
-    """transformers leaves these at the default of the class, which is one model's."""
-    config = config_class(hidden_size=512, num_attention_heads=4)
-    restore_numbers(config, reader_of(graph, said))
-    restore_positions(config, reader_of(graph, said))
-    found = vars(config) | getattr(config, "rope_parameters", {})
-    assert {name: found[name] for name in expected} == expected
-
-
-def test_ollamas_files_of_gemma3_are_refused_and_others_read():
-    """Its runtime knows what they do not say."""
-    config, said = Gemma3TextConfig(), {"final_logit_softcapping": 30.0}
-    with pytest.raises(ValueError, match="says no base of its positions, as Ollama"):
-        restore_positions(config, reader_of("gemma3", said))
-    said["rope.freq_base"] = 1e6
-    restore_numbers(config, reader_of("gemma3", said))
-    restore_positions(config, reader_of("gemma3", said))
-    assert config.final_logit_softcapping == 30.0
-    assert config.rope_parameters == {
-        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-    }
-
-
-@pytest.mark.parametrize("more", [{}, {"rope.scaling.type": "longrope"}])
-def test_factors_for_long_and_for_short_texts_are_read(more):
-    """Phi 3's converter names no way to scale; the tensors tell."""
-    said = {
-        "rope.freq_base": 10_000.0, "rope.dimension_count": 6,
-        "rope.scaling.original_context_length": 4096, "rope.scaling.attn_factor": 1.25, **more,
-    }  # fmt: skip
-    factors = {"rope_factors_long": [1.0, 2.0, 4.0], "rope_factors_short": [1.0, 1.5, 2.0]}
-    config = Phi3Config(hidden_size=32, num_attention_heads=4)
-    restore_positions(config, reader_of("phi3", said, **factors))
-    assert config.rope_parameters == {
-        "rope_type": "longrope", "rope_theta": 10_000.0, "partial_rotary_factor": 0.75,
-        "long_factor": [1.0, 2.0, 4.0], "short_factor": [1.0, 1.5, 2.0],
-        "attention_factor": 1.25, "original_max_position_embeddings": 4096,
-    }  # fmt: skip
 
 
 def test_positions_that_no_config_says_are_refused(make_gguf, monkeypatch):
@@ -342,19 +232,66 @@ def test_a_file_with_widths_of_its_own_is_refused(make_gguf, monkeypatch):
         import_gguf(make_gguf(1.0))
 
 
-def test_a_part_of_a_file_is_refused(tmp_path):
-    from gguf import GGUFWriter
+def header(path: Path, said: dict[str, Any]) -> Path:
+    """Write a file that says this beside one matrix."""
+    from gguf import GGUFValueType, GGUFWriter
 
-    path = tmp_path / "m-00001-of-00002.gguf"
     writer = GGUFWriter(path, "llama")
-    writer.add_uint16("split.count", 2)
+    writer.kv_data[0].clear()
+    for key, value in said.items():
+        kind = GGUFValueType.get_type(value)
+        of = GGUFValueType.get_type(value[0]) if kind == GGUFValueType.ARRAY else None
+        writer.add_key_value(key, value, kind, of)
     writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match="is a part of 2; join them first: llama-gguf-split"):
-        import_gguf(path)
+    return path
+
+
+GRAPH, COUNT = "general.architecture", "split.count"
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({GRAPH: "llama", COUNT: 2}, "is a part of 2; join them first: llama-gguf-split"),
+        ({GRAPH: "llama", COUNT: "1"}, "has no split.count that can be read; download it again"),
+        ({GRAPH: "llama", COUNT: [2]}, r"has no split\.count that can be read"),
+        ({}, r"has no general\.architecture that can be read; download it again"),
+        ({GRAPH: 5}, r"has no general\.architecture that can be read"),
+    ],
+)
+def test_a_part_of_a_file_and_damage_are_refused(tmp_path, said, message):
+    with pytest.raises(CheckpointError, match=message):
+        import_gguf(header(tmp_path / "m.gguf", said))
+
+
+@pytest.mark.parametrize(
+    ("width", "message"),
+    [
+        (32, r"layers\.0\.mlp\.down_proj\.weight is \(32, 96\) in it, \(32, 32\) by its header"),
+        ([96, 32, 96], "says feed_forward_length block by block, as if widths differed"),
+    ],
+)
+def test_other_widths_than_the_header_says_are_named(make_gguf, monkeypatch, width, message):
+    real = gguf._fields
+    widths = {"feed_forward_length": width}
+    monkeypatch.setattr(gguf, "_fields", lambda *given: real(*given) | widths)
+    with pytest.raises(CheckpointError, match=message):
+        import_gguf(make_gguf(1.0))
+
+
+def test_a_llama_that_is_named_mistral_is_one(tmp_path, tokenizer, monkeypatch):
+    """By this very name transformers takes another type, of which it then has no tensors."""
+    real = gguf._fields
+    monkeypatch.setattr(gguf, "_fields", lambda *given: real(*given) | {"name": "mistral"})
+    tiny("llama").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    write(Checkpoint(tmp_path), tmp_path / "m.gguf", "f32")
+    found = Checkpoint(import_gguf(tmp_path / "m.gguf"))
+    assert found.config.model_type == "llama" and found.specs == Checkpoint(tmp_path).specs
 
 
 def test_numbers_that_nobody_reads_are_told_of(make_gguf, monkeypatch, caplog):

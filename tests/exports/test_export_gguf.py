@@ -13,6 +13,7 @@ from cfsp.checkpoint.llama_cpp import llama_cpp_tokens
 from cfsp.checkpoint.locating import demo_gguf
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.errors import ExportError, MissingExtraError
+from cfsp.exports import gguf_architecture
 from cfsp.exports.gguf_architecture import warn_of_no_way_back
 from cfsp.exports.registry import export
 from cfsp.pipeline import prune_checkpoint
@@ -183,6 +184,9 @@ def test_no_way_back_to_gguf_is_said_before_pruning(tmp_path, save, text_file, c
             "llama", None, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
             "'dynamic' is not supported; supported are: default, linear, llama3, yarn",
         ),
+        # What its graphs do not read of a file.
+        ("llama", None, {"rope_parameters": YARN | {"beta_fast": 8.0}}, "fast 32, the model 8"),
+        ("qwen3", None, {"rope_parameters": YARN | {"beta_slow": 2.0}}, "slow 1, the model 2"),
         ("qwen3", None, {"rope_parameters": LLAMA3}, "openelm graph reads no factors"),
         ("qwen3", None, {"attention_bias": True}, "openelm graph reads no biases"),
         # What Gemma's graphs take for granted.
@@ -225,6 +229,22 @@ def test_gemma3_has_scaled_positions_in_whole_blocks_only(tmp_path, tokenizer, m
     back = Checkpoint(gguf_import.import_gguf(tmp_path / "m.gguf")).config.rope_parameters
     for kind, said in positions.items():
         assert said.items() <= back[kind].items()
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("pattern", [3, [True, True, False] * 2])
+def test_windows_are_read_where_llama_cpp_has_them(tmp_path, tokenizer, monkeypatch, pattern):
+    """In other blocks than a Gemma has; llama.cpp's logits say what a pattern means."""
+    types = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    sizes: dict[str, Any] = {"num_hidden_layers": 6, "sliding_window": 8, "layer_types": types}
+    model = tiny("gemma2", **ONE_WIDTH["gemma2"], **sizes)
+    source = cut(model, tokenizer, tmp_path, (64,) * 6)
+    monkeypatch.setattr(gguf_architecture, "_obstacles_of_gemma", lambda *_: ())
+    rope = ({"rope_freq_base": 1e4, "sliding_window_pattern": pattern}, None)
+    monkeypatch.setattr("cfsp.exports.gguf.rope_of", lambda *_: rope)
+    to_gguf(source, tmp_path / "m.gguf")
+    monkeypatch.setattr(gguf_import, "_warn_of_other_tokens", lambda *_: None)  # of no Gemma
+    assert Checkpoint(gguf_import.import_gguf(tmp_path / "m.gguf")).config.layer_types == types
 
 
 def test_a_sliding_window_limits_the_context(tmp_path, tokenizer):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedModel
 
 from cfsp.checkpoint.gguf_rope import restore_numbers, restore_positions
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 # Part of the name of a converted model: one that was converted in another way is not the same.
-_CONVERSION = 8
+_CONVERSION = 9
 _ROWS = 4096  # that are compared
 _MOST_OF_A_NAME = 150  # bytes, of 255 that file systems mostly take
 _PATIENCE = 3600.0  # seconds for which another process that converts the same file is waited for
@@ -41,6 +42,8 @@ _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 # Keys of configs that files do not have, and the tensors that tell.
 _BIASES = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_down.bias"}
+# Numbers of which llama.cpp reads one a block; of most graphs transformers reads one for all.
+_OF_BLOCKS = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
 
 
 def import_gguf(path: Path) -> Path:
@@ -116,21 +119,22 @@ def _stored_dtype(path: Path, reader: GGUFReader) -> torch.dtype:
 
 
 def _convert(path: Path, reader: GGUFReader, dtype: torch.dtype, target: Path) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, LlamaConfig
 
-    parts = reader.fields.get("split.count")
-    if parts is not None and (count := parts.contents()) > 1:
+    if (count := _said(path, reader, "split.count", int, 1)) > 1:
         raise CheckpointError(
             f"{path} is a part of {count}; join them first: llama-gguf-split --merge FIRST WHOLE"
         )
-    graph = reader.fields["general.architecture"].contents()
+    graph = _said(path, reader, "general.architecture", str)
     if instead := ELSEWHERE.get(graph):
         raise CheckpointError(f"{path} is for llama.cpp alone (its graph {graph}); {instead}")
     try:
         # Not from the file's directory, where transformers would find an adapter and add it.
-        config = AutoConfig.from_pretrained(
+        # A file whose name is just mistral it takes for another type than the graph that runs it.
+        config = (LlamaConfig if graph == "llama" else AutoConfig).from_pretrained(
             target, gguf_file=str(path.absolute()), trust_remote_code=False
         )
+        vars(config).pop("model_type", None)
         names = [tensor.name for tensor in reader.tensors]
         for key, ending in _BIASES.items():
             if any(name.endswith(ending) for name in names) and hasattr(config, key):
@@ -145,12 +149,20 @@ def _convert(path: Path, reader: GGUFReader, dtype: torch.dtype, target: Path) -
             trust_remote_code=False,
             use_kernels=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # only to say which they are
         )
+        for name, found, expected in sorted(told["mismatched_keys"]):
+            raise ValueError(f"{name} is {tuple(found)} in it, {tuple(expected)} by its header")
         if missing := sorted(told["missing_keys"]):
             raise ValueError(f"it lacks {len(missing)} of the model's tensors, as {missing[0]}")
         restore_positions(model.config, reader)
         tokenizer = tokenizer_of(path, reader)
         model.generation_config.eos_token_id = _ends(model, tokenizer, reader)
+    except StrictDataclassError as error:
+        fields = {key: reader.get_field(f"{graph}.{key}") for key in _OF_BLOCKS}
+        keys = [key for key, each in fields.items() if each and isinstance(each.contents(), list)]
+        listed = ValueError(f"it says {', '.join(keys)} block by block, as if widths differed")
+        raise _unreadable(path, listed if keys else error) from error
     except Exception as error:  # transformers has no one exception type for this
         raise _unreadable(path, error) from error
     # The weights are dense now; with these left, saving would announce them as quantised.
@@ -165,6 +177,14 @@ def _convert(path: Path, reader: GGUFReader, dtype: torch.dtype, target: Path) -
     except Exception as error:  # of a full disk both have errors of their own
         raise cannot_write(target, error) from error
     _warn_of_other_tokens(path, target)
+
+
+def _said(path: Path, reader: GGUFReader, key: str, kind: type, default: Any = None) -> Any:
+    field = reader.get_field(key)
+    found = default if field is None else field.contents()
+    if not isinstance(found, kind):
+        raise CheckpointError(f"{path} has no {key} that can be read; download it again")
+    return found
 
 
 def _ends(model: PreTrainedModel, tokenizer: Any, reader: GGUFReader) -> int | list[int] | None:

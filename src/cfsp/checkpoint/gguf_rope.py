@@ -2,8 +2,8 @@
 
 A file says a base, how many entries of a head are rotated, a way to scale (`linear`, `yarn`), or by
 what each frequency is divided, which is how Llama 3.1 and the long Phi 3 are written; how long a
-window is; and how Gemma 2 caps its logits. How Gemma's queries are scaled llama.cpp knows by
-itself. R rotated pairs of entries.
+window is, and which blocks have one; and how Gemma 2 caps its logits. How Gemma's queries are
+scaled llama.cpp knows by itself. R rotated pairs of entries.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfsp.checkpoint.text_config import head_size, text_config_of
+from cfsp.checkpoint.text_config import head_size, longest_input_of, text_config_of
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -60,6 +60,12 @@ def restore_numbers(config: PreTrainedConfig, reader: GGUFReader) -> None:
         said = reader.fields.get(f"{graph}.{key}")
         if said is not None and hasattr(text_config, name):
             setattr(text_config, name, said.contents() or None)  # 0: no window
+    pattern = reader.fields.get(f"{graph}.attention.sliding_window_pattern")
+    types = getattr(text_config, "layer_types", None) or []
+    if pattern is not None and "sliding_attention" in types:
+        text_config.layer_types = _layer_types(pattern.contents(), len(types))
+        if differ and text_config.layer_types != types:  # by which it has given blocks their sizes
+            raise ValueError("other blocks have a window than in the model's class")
     if hasattr(text_config, "query_pre_attn_scalar"):
         text_config.query_pre_attn_scalar = query_scalar(graph, text_config)
 
@@ -75,7 +81,7 @@ def restore_positions(config: PreTrainedConfig, reader: GGUFReader) -> None:
         return
     # Where blocks with a sliding window have positions of their own, all else is of the others.
     whole = parameters.get("full_attention", parameters)
-    said = _said(reader)
+    said = {"scaling.original_context_length": longest_input_of(config), **_said(reader)}
     tensors = {each.name: each for each in reader.tensors}
     if "freq_base" in said:
         whole["rope_theta"] = float(said["freq_base"])
@@ -88,16 +94,18 @@ def restore_positions(config: PreTrainedConfig, reader: GGUFReader) -> None:
         whole["partial_rotary_factor"] = said["dimension_count"] / head_size(text_config)
     if whole.get("rope_type", "default") != "default":
         return  # transformers has read it, as that of gpt-oss
-    scale = said.get("scale_linear")  # before there were types
-    kind = said.get("scaling.type", "none" if scale is None else "linear")
+    is_long = "rope_factors_long.weight" in tensors
+    factor = said.get("scaling.factor", said.get("scale_linear"))  # so before there were types
+    kind = said.get("scaling.type", "none" if factor is None else "linear")
     if kind in ("linear", "yarn"):
-        factor = said.get("scaling.factor", 1.0 if scale is None else scale)
-        whole |= {"rope_type": kind, "factor": float(factor)}
-    elif kind != "none" and "rope_factors_long.weight" not in tensors:
+        whole |= {"rope_type": kind, "factor": float(factor or 1.0)}
+    elif kind != "none" and not is_long:
         raise ValueError(f"its positions are scaled by {kind}")
     if kind == "yarn":
         whole |= _yarn(whole["factor"], said)
-    if "rope_factors_long.weight" in tensors:
+    elif not is_long and said.get("scaling.attn_factor", 1.0) != 1.0:
+        raise ValueError("its attention is scaled, which a config can say of YaRN and LongRoPE")
+    if is_long:
         whole |= _longrope(tensors, said)
         if hasattr(text_config, "original_max_position_embeddings"):
             text_config.original_max_position_embeddings = whole["original_max_position_embeddings"]
@@ -129,6 +137,15 @@ def _said(reader: GGUFReader) -> dict[str, Any]:
         for name, field in reader.fields.items()
         if name.startswith(prefix)
     }
+
+
+def _layer_types(pattern: Any, blocks: int) -> list[str]:
+    """Return the types of blocks: a list says which have a window; n, that each nth has none."""
+    if type(pattern) is int and pattern >= 0:  # 0: all have one
+        pattern = [not pattern or block % pattern < pattern - 1 for block in range(blocks)]
+    if not isinstance(pattern, list) or len(pattern) != blocks or not set(pattern) <= {0, 1}:
+        raise ValueError(f"its sliding_window_pattern is no number and not one of {blocks} blocks")
+    return ["sliding_attention" if windowed else "full_attention" for windowed in pattern]
 
 
 def _yarn(factor: float, said: dict[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,8 @@ ARCHITECTURES: dict[str, tuple[Architecture, Architecture | None]] = {
     "gemma3_text": (_GEMMA3, None),
 }
 
+# Of YaRN; these graphs read no others from a file.
+_BETAS = {"beta_fast": 32, "beta_slow": 1}
 _INSTEAD = "prune with --widths equal"
 
 
@@ -217,6 +219,9 @@ def _by_layer(config: Any, architecture: Architecture) -> tuple[dict[str, Any], 
 def _yarn(parameters: dict[str, Any]) -> dict[str, Any]:
     if parameters.get("truncate") is False or parameters.get("mscale"):
         raise CannotSayError("llama.cpp has no YaRN without truncation or with mscale")
+    for name, usual in _BETAS.items():
+        if (found := parameters.get(name) or usual) != usual:
+            raise CannotSayError(f"llama.cpp's YaRN has {name} {usual}, the model {found}")
     attention = parameters.get("attention_factor")
     if attention is not None:
         # llama.cpp multiplies by this itself.
@@ -224,6 +229,4 @@ def _yarn(parameters: dict[str, Any]) -> dict[str, Any]:
     return {
         "rope_scaling_orig_ctx_len": int(parameters["original_max_position_embeddings"]),
         "rope_scaling_attn_factors": attention,
-        "rope_scaling_yarn_beta_fast": parameters.get("beta_fast"),
-        "rope_scaling_yarn_beta_slow": parameters.get("beta_slow"),
     }
