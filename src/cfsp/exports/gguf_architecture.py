@@ -67,8 +67,7 @@ ARCHITECTURES: dict[str, tuple[Architecture, Architecture | None]] = {
     "gemma3_text": (_GEMMA3, None),
 }
 
-# Of YaRN; these graphs read no others from a file.
-_BETAS = {"beta_fast": 32, "beta_slow": 1}
+_BETAS = {"beta_fast": 32, "beta_slow": 1}  # of YaRN; the graphs read none from a file
 _INSTEAD = "prune with --widths equal"
 
 
