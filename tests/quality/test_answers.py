@@ -58,8 +58,7 @@ def results(argv, tmp_path_factory) -> Path:
 
 
 def prompts_of(tokenizer: Any) -> list[list[int]]:
-    asked = ([{"role": "user", "content": question}] for _, question in Questions.of(COUNT).asked)
-    texts = [templated(messages, tokenizer, 1) for messages in asked]
+    texts = [templated(asked, tokenizer, 1) for _, asked in Questions.of(COUNT).asked]
     prompts: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return prompts
 
@@ -168,7 +167,7 @@ def test_loops_and_windows_are_counted():
 
 def test_first_questions_are_of_every_kind():
     asked = Questions.of(100).asked
-    assert len(set(asked)) == 100
+    assert len({chat[0]["content"] for _, chat in asked}) == 100
     kinds = [kind for kind, _ in asked]
     assert len(set(kinds)) == 10 and kinds == kinds[:10] * 10
 
@@ -246,8 +245,9 @@ def test_questions_of_chats(tmp_path):
         [{"role": "system", "content": "s"}, {"role": "user", "content": f"river {i}"}]
         for i in range(4)
     ]
-    chats.write_text("\n".join(json.dumps({"messages": each}) for each in turns))
-    assert Questions.of(str(chats)).asked == tuple(("mine", f"river {i}") for i in range(4))
+    answered = {"role": "assistant", "content": "yes"}
+    chats.write_text("\n".join(json.dumps({"messages": [*each, answered]}) for each in turns))
+    assert Questions.of(str(chats)).asked == tuple(("mine", turn) for turn in turns)
     chats.write_text(json.dumps({"messages": turns[0][:1]}))
     with pytest.raises(TextError, match="chat 1: there is no message of the role `user`"):
         Questions.of(str(chats))
@@ -286,7 +286,8 @@ def test_a_model_that_thinks_answers_at_once(models, tokenizer):
     tokenizer.chat_template = "{{ messages[0].content }}" + thinks
     questions, source = Questions.of(1), Checkpoint(Path(models[0]))
     (prompt,) = questions.prompts(source, tokenizer)
-    assert prompt == tokenizer(questions.asked[0][1], add_special_tokens=False)["input_ids"]
+    asked = questions.asked[0][1][-1]["content"]
+    assert prompt == tokenizer(asked, add_special_tokens=False)["input_ids"]
 
 
 def test_mistakes_are_told_before_anything_is_loaded(models, argv, command, monkeypatch):

@@ -6,7 +6,9 @@ import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +24,7 @@ from lm_eval.tasks import TaskManager
 from builders import entries, never, read_json
 from cfsp.checkpoint.loading import load
 from cfsp.cli import main
-from cfsp.errors import TaskError, UsageError
+from cfsp.errors import TaskError, TextError, UsageError
 from cfsp.quality import evaluate
 from cfsp.quality.compare import compare
 from cfsp.quality.evaluate import Exam, evaluate_models
@@ -239,7 +241,7 @@ def test_second_model_is_scored_as_if_it_were_the_first(tiny_checkpoint, tokeniz
     assert other != first
 
 
-def test_a_choice_that_is_longer_than_the_model_reads_is_told(tiny_checkpoint, tokenizer, tmp_path):
+def test_what_is_longer_than_the_model_reads_is_told(tiny_checkpoint, tokenizer, tmp_path, caplog):
     (tmp_path / "piqa.jsonl").write_text(
         json.dumps({"query": "a", "choices": ["b", "b" * 600], "gold": 0}) + "\n"
     )
@@ -247,6 +249,12 @@ def test_a_choice_that_is_longer_than_the_model_reads_is_told(tiny_checkpoint, t
     score = runner.scorer(load(tiny_checkpoint("llama")), tokenizer)
     with pytest.raises(TaskError, match=r"piqa has .* a choice of more than the 256 tokens"):
         score("piqa")
+    assert not caplog.text
+    (tmp_path / "piqa.jsonl").write_text(
+        json.dumps({"query": "a" * 600, "choices": ["b", "c"], "gold": 0}) + "\n"
+    )
+    score("piqa")
+    assert "piqa: 2 times the beginning was left out of more than the 256 tokens" in caplog.text
 
 
 def test_shots_and_limit_reach_the_harness_which_asks_git_nothing(
@@ -328,6 +336,43 @@ def test_unknown_task_is_told_before_any_model_is_looked_for(task_data, command)
     assert "did you mean arc_easy" in command(*argv, "arc_esy", status=2).err
     assert "did you mean cfsp-paper?" in command(*argv, "cfsp-papr", status=2).err
     assert "it has, for example: hellaswag, piqa, " in command(*argv, "zzz", status=2).err
+
+
+@pytest.mark.parametrize("by_size", [True, False])
+def test_a_group_is_one_where_its_mean_is_that_of_its_documents(
+    by_size, tiny_checkpoint, tokenizer, task_data, tmp_path
+):
+    """Else its pairs would be of another number than its score."""
+    lines = (task_data / "piqa.jsonl").read_text().splitlines(keepends=True)
+    for name, count in (("many", 12), ("few", 3)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines[-count:]))
+        (tmp_path / f"{name}.yaml").write_text(
+            f"include: {JSONL_TASKS / 'piqa.yaml'}\ntask: {name}\n"
+            f"metadata: {{version: 1.0, file: {name}.jsonl}}\n"
+        )
+    (tmp_path / "both.yaml").write_text(
+        "group: both\ntask: [many, few]\n"
+        f"aggregate_metric_list: [{{metric: acc, weight_by_size: {by_size}}}]\n"
+    )
+    where = {"include_path": tmp_path, "metadata": {"directory": str(tmp_path)}}
+    manager = TaskManager(include_defaults=False, **where)
+    runner = TaskRunner(TaskSelection(("both",), data=tmp_path), manager)
+    found = runner.scorer(load(tiny_checkpoint("llama")), tokenizer)("both")
+    accuracy = {
+        name: fmean(each["acc"] for each in documents)
+        for name, documents in found["documents"].items()
+    }
+    assert accuracy == pytest.approx({name: each["acc"] for name, each in found["tasks"].items()})
+    assert accuracy.keys() == ({"both"} if by_size else {"many", "few"})
+    # What a group does not give in the mean, its pairs do not compare.
+    normed = ["acc_norm" in each for some in found["documents"].values() for each in some]
+    assert normed == [not by_size] * 15
+
+
+def test_shots_that_a_task_does_not_take_are_told(runner_of, caplog):
+    runner = runner_of("odds", "piqa", "num_fewshot: 0")
+    replace(runner, selection=replace(runner.selection, shots=1)).read_data()
+    assert "odds: 1 of its tasks take no solved examples" in caplog.text
 
 
 MCC = "metric_list: [{metric: mcc, aggregation: matthews_corrcoef}]"
@@ -420,6 +465,17 @@ def test_damaged_task_file_is_one_sentence(line, message, tmp_path):
     path = tmp_path / "piqa.jsonl"
     path.write_text(line + "\n")
     with pytest.raises(TaskError, match=message):
+        read_documents(path)
+
+
+def test_a_task_file_is_text_that_may_begin_with_a_mark(tmp_path):
+    """As files that Windows wrote."""
+    path = tmp_path / "piqa.jsonl"
+    document = {"query": "a", "choices": ["b", "c"], "gold": 0}
+    path.write_text(json.dumps(document), encoding="utf-8-sig")
+    assert read_documents(path) == [document]
+    path.write_text(json.dumps(document | {"query": "\ud800"}))
+    with pytest.raises(TextError, match=r"piqa.jsonl, line 1: half of a surrogate pair"):
         read_documents(path)
 
 

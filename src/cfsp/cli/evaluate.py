@@ -57,7 +57,7 @@ def add_answers(group: Any) -> None:
         const=DEFAULT_QUESTIONS,
         metavar="N|CHATS",
         help=f"ask the first N of {DEFAULT_QUESTIONS} questions of ten kinds that come with cfsp "
-        "(default: all), or what the user says first in each chat of a .jsonl file",
+        "(default: all), or each chat of a .jsonl file up to what its user says first",
     )
 
 

@@ -34,6 +34,7 @@ from cfsp.quality.paired import as_json, per_count
 from cfsp.quality.perplexity import WindowSums
 from cfsp.quality.results_file import answer_measures
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
+from cfsp.text.records import Conversation
 from cfsp.text.sources import TextSource
 from cfsp.text.windows import Windows
 
@@ -45,9 +46,9 @@ _LOOP_TOKENS, _LOOP_TIMES = 4, 4  # a loop is a sequence of so many tokens that 
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions with their kinds."""
+    """Questions with their kinds: what a user says, after what a chat may begin with."""
 
-    asked: tuple[tuple[str, str], ...]
+    asked: tuple[tuple[str, Conversation], ...]
 
     @classmethod
     def of(cls, asked: int | str | Path) -> Questions:
@@ -59,7 +60,7 @@ class Questions:
                 f"or a file of chats, found {asked}"
             )
         if not isinstance(asked, Integral):
-            return cls(tuple(_first_turns(str(asked))))
+            return cls(tuple(_openings(str(asked))))
         if asked < 1:
             raise UsageError(f"--answers needs at least 1 question, found {asked}")
         if asked > len(lines):
@@ -68,7 +69,7 @@ class Questions:
                 "your own with --answers CHATS"
             )
         found = (json.loads(line) for line in lines[:asked])
-        return cls(tuple((each["kind"], each["question"]) for each in found))
+        return cls(tuple((each["kind"], _said(each["question"])) for each in found))
 
     def identity(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Return what answers depend on besides the models, as JSON types."""
@@ -84,8 +85,8 @@ class Questions:
                 "none; measure an instruct model, or leave it out"
             )
         prompts, room = [], longest_input_of(source.config)
-        for number, (_, question) in enumerate(self.asked, start=1):
-            prompts.append(prompt_of(question, tokenizer, number))
+        for number, (_, asked) in enumerate(self.asked, start=1):
+            prompts.append(prompt_of(asked, tokenizer, number))
             if room is not None and len(prompts[-1]) + ANSWER_TOKENS > room:
                 raise UsageError(
                     f"question {number} has {len(prompts[-1])} tokens and its answer up to "
@@ -95,7 +96,12 @@ class Questions:
         return prompts
 
 
-def _first_turns(name: str) -> Iterator[tuple[str, str]]:
+def _said(question: str) -> Conversation:
+    return [{"role": "user", "content": question}]
+
+
+def _openings(name: str) -> Iterator[tuple[str, Conversation]]:
+    """Yield each chat up to what its user says first, so with the system's turn."""
     source, number = TextSource(name, "evaluation"), 0
     if isinstance(source.place[0], Path) and not exists(source.place[0]):
         raise TextError(
@@ -104,12 +110,15 @@ def _first_turns(name: str) -> Iterator[tuple[str, str]]:
         )
     source.open()
     for number, chat in enumerate(source.documents() if source.is_chat else (), start=1):
-        turns = [message["content"] for message in chat if message["role"] == "user"]
-        if not turns:
+        roles = [message["role"] for message in chat]
+        if "user" not in roles:
             raise TextError(f"{name}, chat {number}: there is no message of the role `user`")
-        yield Path(name.removesuffix(":messages")).stem, turns[0]
+        yield Path(name.removesuffix(":messages")).stem, chat[: roles.index("user") + 1]
     if not number:
-        raise TextError(f"{name} holds no chats, which --answers needs: a column `messages`")
+        raise TextError(
+            f"{name} holds no chats, which --answers needs: a column `messages` (of a file that "
+            "has another one, too: FILE:messages)"
+        )
 
 
 def answers_of(
@@ -195,10 +204,10 @@ def answers_result(
     """
     predicted = windows.scored_N.tolist()
     documents = [
-        {"kind": kind, "question": question}
+        {"kind": kind, "question": asked[-1]["content"]}
         | {name: each[name] for name in ("answer", "tokens", "stops", "loops")}
         | {"alike": sum(takewhile(bool, map(eq, each["tokens"], its["tokens"])))}
-        for (kind, question), each, its in zip(questions.asked, own, dense, strict=True)
+        for (kind, asked), each, its in zip(questions.asked, own, dense, strict=True)
     ]
     found = {
         "digest": windows.digest,

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from cfsp.checkpoint.turn_end import ends_in, turn_end
 from cfsp.quality.perplexity import divergence_and_agreement
 from cfsp.streaming.decoder_end import text_model
-from cfsp.text.records import templated
+from cfsp.text.records import Conversation, templated
 from cfsp.text.tokenizers import encoded
 
 # A model with its tokenizer, which are loaded where they are needed.
@@ -25,14 +25,12 @@ Whole = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 _MOST_OF_PADDING, _MOST_IN_HALF = 1e-3, 0.1
 
 
-def prompt_of(question: str, tokenizer: PreTrainedTokenizerBase, number: int) -> list[int]:
-    """Return the tokens that ask a model a question, whose number errors name.
+def prompt_of(asked: Conversation, tokenizer: PreTrainedTokenizerBase, number: int) -> list[int]:
+    """Return the tokens that ask a model what a user says last, whose number errors name.
 
     One that thinks first answers at once.
     """
-    turn = [{"role": "user", "content": question}]
-    asked = {"add_generation_prompt": True, "enable_thinking": False}
-    text = templated(turn, tokenizer, number, **asked)
+    text = templated(asked, tokenizer, number, add_generation_prompt=True, enable_thinking=False)
     tokens: list[int] = encoded(tokenizer, text)["input_ids"]
     return tokens
 

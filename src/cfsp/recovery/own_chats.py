@@ -103,7 +103,7 @@ def own_chats(
             left = due - time.monotonic()
             asked = model.continue_from(openings, _QUESTION_TOKENS, max_time=left, **_ASKING)
             questions = {model.text_of(said) for said in asked if said[-1] in model.ends} - {""}
-            prompts = {each: prompt_of(each, tokenizer, 1) for each in sorted(questions)}
+            prompts = {each: prompt_of(_asks(each), tokenizer, 1) for each in sorted(questions)}
             if room is not None:
                 prompts = {q: p for q, p in prompts.items() if len(p) + _ANSWER_TOKENS <= room}
             if prompts and not model.reads_padded([*prompts.values()]):

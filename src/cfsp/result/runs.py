@@ -131,6 +131,8 @@ class RunFacts:
 def read_run(directory: Path) -> RunFacts:
     """Read the facts about one run."""
     manifest = read_manifest(directory)
+    if not directory.exists():
+        raise ReportError(f"{directory} does not exist; give what cfsp prune or cfsp eval wrote")
     if manifest is None:
         raise ReportError(
             f"{directory} has no {MANIFEST_FILE}; a report needs a directory that cfsp prune, "

@@ -24,15 +24,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import sha256
 from importlib.metadata import version
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -40,9 +40,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.errors import CfspError, MissingExtraError, TaskError, first_line
-from cfsp.progress import library_progress
 from cfsp.quality.generation import Whole
 from cfsp.quality.paired import mean
+from cfsp.quality.tasks.messages import quiet, telling_what_is_too_long
 from cfsp.quality.tasks.selection import (
     DEFAULT_FORM,
     JSONL_TASKS,
@@ -81,7 +81,7 @@ class TaskRunner:
         except ImportError as error:
             raise MissingExtraError("scoring tasks", "eval") from error
         offline = selection.data is not None
-        with _quiet():
+        with quiet():
             manager = TaskManager(
                 include_path=JSONL_TASKS if offline else None,
                 include_defaults=not offline,
@@ -112,7 +112,7 @@ class TaskRunner:
         """Return what scores a model on tasks by name; see `score`."""
         from lm_eval.models.huggingface import HFLM
 
-        with _quiet():
+        with quiet():
             lm = HFLM(
                 pretrained=text_model(model),
                 tokenizer=tokenizer,
@@ -124,7 +124,7 @@ class TaskRunner:
             )
 
         def score(name: str) -> dict[str, Any]:
-            with _saying_what_is_too_long(name, lm.max_length):
+            with telling_what_is_too_long(name, lm.max_length):
                 return self.score(lm, model.dtype, name)
 
         return score
@@ -132,10 +132,10 @@ class TaskRunner:
     def read_data(self) -> None:
         """Read the data of every task once, and check them, before any model is loaded."""
         for name in self.selection.task_names:
-            with _quiet():
+            with quiet():
                 tasks = self.load(name)["tasks"]
                 if self.selection.shots:
-                    self._check_shots(tasks)
+                    self._check_shots(name, tasks)
             _check_has_scores(name, tasks)
 
     def conditions(self) -> dict[str, Any]:
@@ -166,8 +166,10 @@ class TaskRunner:
             task.set_config(key="num_fewshot", value=self.selection.shots or 0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
 
-    def _check_shots(self, tasks: Mapping[str, Any]) -> None:
+    def _check_shots(self, asked: str, tasks: Mapping[str, Any]) -> None:
         """Check that there are solved examples enough, by the first question of each task."""
+        if none := [name for name, task in tasks.items() if task.get_config("num_fewshot") == 0]:
+            logger.warning("%s: %s of its tasks take no solved examples", asked, len(none))
         for name, task in tasks.items():
             self.set_shots(task)
             try:
@@ -205,7 +207,7 @@ class TaskRunner:
 
         # The harness would fork for its bootstrap: a fork of many threads can hang for ever.
         os.environ["DISABLE_MULTIPROC"] = "1"
-        with _quiet():
+        with quiet():
             loaded = self.load(name)
             leaves = loaded["tasks"]
             for task in leaves.values():
@@ -220,17 +222,25 @@ class TaskRunner:
                 # Errors that nothing here reports, such as that of a perplexity, are by bootstrap.
                 bootstrap_iters=_FEWEST_DRAWS,
             )
-        # Of a group its mean where there is one, else each single task.
-        has_mean = f"{HARNESS_METRICS[0]},none" in results["results"].get(name, {})
+        logged = {each: (task, results["samples"][each]) for each, task in leaves.items()}
+        # Of a group its mean where that is its documents', which pairs are of; else single tasks.
+        mean_of_group = results["results"].get(name, {}).get(f"{HARNESS_METRICS[0]},none", math.nan)
+        pooled = [each["acc"] for each in scored_documents([*logged.values()])] or [math.nan]
+        is_one = math.isclose(fmean(pooled), mean_of_group, abs_tol=1e-9)
         scores, documents = {}, {}
-        entries = {name: [*leaves]} if has_mean else {each: [each] for each in leaves}
+        entries = {name: [*leaves]} if is_one else {each: [each] for each in leaves}
         for entry, members in entries.items():
-            logged = [(leaves[each], results["samples"][each]) for each in members]
-            documents[entry] = scored_documents(logged)
+            measured = _scores(entry, members, results)
+            # What a group does not give in the mean, its pairs do not compare.
+            left_out = {"acc_norm"} - measured.keys()
+            documents[entry] = [
+                {key: value for key, value in each.items() if key not in left_out}
+                for each in scored_documents([logged[each] for each in members])
+            ]
             # NaN would be taken for the likeliest.
             found = (each.get("loglikelihoods", ()) for each in documents[entry])
             check_is_number(sum(map(sum, found)), entry, dtype)
-            scores[entry] = _scores(entry, members, results) | summary_of(documents[entry])
+            scores[entry] = measured | summary_of(documents[entry])
         return {"tasks": scores, "documents": documents}
 
 
@@ -360,28 +370,3 @@ def _gold(found: Any, choices: Sequence[str]) -> int | list[int]:
     if isinstance(found, list):
         return [int(each) for each in found]
     return choices.index(found) if isinstance(found, str) else int(found)
-
-
-@contextmanager
-def _saying_what_is_too_long(name: str, most: int) -> Iterator[None]:
-    """Turn the harness's own check of what it is to score into a `TaskError`."""
-    try:
-        yield
-    except AssertionError as error:
-        raise TaskError(
-            f"{name} has something that cannot be scored, such as a choice of more than the "
-            f"{most} tokens that the model reads; leave it out of --task-data, or give a --limit"
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep standard output free for results, and all but bars off what is not a terminal."""
-    harness = logging.getLogger("lm_eval")
-    level = harness.level
-    harness.setLevel(logging.ERROR)
-    try:
-        with redirect_stdout(sys.stderr), library_progress():
-            yield
-    finally:
-        harness.setLevel(level)

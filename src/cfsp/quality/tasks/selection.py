@@ -15,7 +15,7 @@ from typing import Any
 
 from cfsp.checkpoint.locating import hub_is_missed
 from cfsp.errors import TaskError, UsageError, did_you_mean
-from cfsp.settings import Declared, option
+from cfsp.settings import Declared, check_encodes, option
 
 # The tasks of the paper's tables, by their names in the harness.
 PAPER_SUITE = (
@@ -101,7 +101,7 @@ def load_documents(directory: str, file: str, form: str = DEFAULT_FORM, **_: Any
 def read_documents(path: Path, form: str = DEFAULT_FORM) -> list[dict[str, Any]]:
     """Return the documents of a file, which all have one form."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(
             f"cannot read the task file {path}: {error}; --task-data is the directory that has it"
@@ -121,6 +121,7 @@ def _document(line: str, where: str, form: str) -> dict[str, Any]:
         document = json.loads(line)
     except ValueError as error:
         raise TaskError(f"{where}: not JSON: {error}") from error
+    check_encodes(json.dumps(document, ensure_ascii=False), where)
     fields = _FORMS[form]
     if not isinstance(document, dict) or any(
         type(document.get(name)) is not kind for name, kind in fields.items()
