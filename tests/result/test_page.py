@@ -449,7 +449,7 @@ def test_an_older_report_is_replaced_and_no_other_file(run, tmp_path):
     (tmp_path / "page.html").mkdir()
     with pytest.raises(OutputError, match="cannot replace"):
         write_report([run], tmp_path / "page.html")
-    with pytest.raises(ReportError, match=r"nowhere has no cfsp\.json; a report needs"):
+    with pytest.raises(ReportError, match="nowhere does not exist; give what cfsp prune"):
         write_report([tmp_path / "nowhere"], tmp_path / "other.html")
 
 

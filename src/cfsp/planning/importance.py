@@ -50,7 +50,7 @@ SIGMOID_GAIN = 128 * 1024 / 1e4
 
 _LEAST_SHARE = 1e-3
 
-# Angular distance settles with little text; study 7 (docs/STUDIES.md) shows how little.
+# Angular distance settles with little text.
 COARSE_WINDOWS = 8
 
 # The relative error of a root mean square over n tokens is about 1 / sqrt(2 n): one in eight here.

@@ -1,1 +1,1 @@
-"""Recovery: training wins back quality, most of it where the coarse importance is high."""
+"""Recovery: training wins back quality."""

@@ -58,8 +58,8 @@ def repair_drift(name: str, job: Job, repaired: PruningResult, windows: Windows)
     """Fit the down projections of a pruned model, of one block after the other.
 
     `sequential` fits those of all blocks, `gaps` those of the blocks at removed ones, and of those
-    without attention. Blocks that have no dense FFN, or several, stay as they are; of a model whose
-    blocks need more than hidden states all do.
+    without attention. Blocks of experts alone, or with several dense FFNs, stay as they are; of a
+    model whose blocks need more than hidden states all do.
     """
     try:
         return SequentialRepair(name, job, repaired, windows).step()

@@ -112,7 +112,7 @@ def _too_many(sizes: DropSizes, what: str, most: str) -> BudgetError:
     )
 
 
-# How much of the blocks, or attention layers, is ever dropped beside others.
+# How much of the blocks is ever dropped beside channels, or of a part that no share is given of.
 MOST_DROPPED = 0.5
 STEPS = 200  # half a percent of the channels
 
@@ -305,7 +305,7 @@ class Parameters(Constraint):
 
 
 def half_dropped(source: WeightSource, budget: Budget) -> DropBudget:
-    """Return as much of the blocks, or attention layers, as is ever dropped beside others."""
+    """Return as much of the blocks, or attention layers, as is dropped where no share says it."""
     sizes = _sizes(source, budget)
     return DropBudget(sizes, min(MOST_DROPPED * sizes.total, sizes.most), at_most=True)
 

@@ -2,7 +2,7 @@
 
     one part, one share        one candidate, nothing is compared
     blocks, attention layers   as many of their order as are enough
-    channels beside these      for each number of what is dropped, the share of channels left over
+    channels beside blocks     for each number of what is dropped, the share of channels left over
 
 A score is how far the predictions are from the dense model's, in nats. All candidates that may be
 best are masked, the few that are worth it repaired on a little text. What is compared is the whole:

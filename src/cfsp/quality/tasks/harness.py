@@ -169,7 +169,8 @@ class TaskRunner:
     def _check_shots(self, asked: str, tasks: Mapping[str, Any]) -> None:
         """Check that there are solved examples enough, by the first question of each task."""
         if none := [name for name, task in tasks.items() if task.get_config("num_fewshot") == 0]:
-            logger.warning("%s: %s of its tasks take no solved examples", asked, len(none))
+            told = "%s: %s of its tasks take no solved examples, whatever --shots says"
+            logger.warning(told, asked, len(none))
         for name, task in tasks.items():
             self.set_shots(task)
             try:
