@@ -429,7 +429,7 @@ def test_messages_are_plain_lines_on_standard_error(capsys):
     [
         (ValueError("\n one\ntwo"), "ValueError: one"),
         (TimeoutError(), "TimeoutError"),
-        (KeyError("k" * 300), f"KeyError: '{'k' * 199}"),
+        (KeyError("k" * 300), f"KeyError: '{'k' * 199}..."),
     ],
 )
 def test_of_what_a_library_says_a_line_is_told(error, told):

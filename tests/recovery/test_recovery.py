@@ -194,6 +194,7 @@ def test_another_seed_gives_other_weights(recovered, out, plain):
 
 def test_checkpointing_changes_nothing_nor_what_others_set_of_a_trainer(recovered, plain):
     shown = logging.get_verbosity()
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the harness, where it came first
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     try:
         other = recovered(training=training(gradient_checkpointing=True))
