@@ -91,9 +91,9 @@ def prune(
         out: the new directory; needed for a path, and for nothing else.
         sparsity: share of the part that goes, in [0, 1). Of blocks, attention layers and experts a
             number may be said instead: `parts="blocks", remove=4`.
-        parts: what may go: `ffn`, `kv`, `attention`, `blocks`, `experts`, or with a goal several;
-            None for `ffn`, with `TargetKVCache` for `kv`, and with `TargetParameters` that takes
-            many channels for blocks too if they fit.
+        parts: what may go: `ffn`, `kv`, `blocks`, or with a goal several of these; `attention` or
+            `experts` alone; None for `ffn`, with `TargetKVCache` for `kv`, and with
+            `TargetParameters` that takes many channels for blocks too if they fit.
         goal: what to aim at instead: `TargetParameters`, `TargetKVCache`, `MaxLossIncrease` or
             `TargetSpeedup`; or its option, such as `target_params=0.7`.
         data: calibration texts: names (see `cfsp.text.sources`), or `cfsp.Text` for texts
@@ -178,8 +178,8 @@ def calibrate(
     """Run a text through a model once and return what plans are made from.
 
     Arguments are those of `prune`, `parts` those of later plans. What pruning each block alone does
-    to the predictions is measured by the same rule, unless `block_metric="angular"`. With `blocks`
-    or `attention` it is also measured in which order these go best, up to half of them.
+    to the predictions is measured by the same rule, unless `block_metric` is another one. With
+    `blocks` or `attention` it is also measured in which order these go best, up to half of them.
     """
     check_names(calibrate, advanced, CalibrationText, Criterion, Compute)
     text = from_names(CalibrationText, advanced, names=data, samples=samples, seqlen=seqlen)
