@@ -210,7 +210,7 @@ def test_white_space_behind_special_tokens_of_phi3(tmp_path):
     assert [found(text)["input_ids"] for text in texts] == llama_cpp_tokens(path, texts)
 
 
-def test_a_vocabulary_may_have_no_letter_a_but_not_no_merges(monkeypatch):
+def test_a_vocabulary_may_have_no_letter_a_but_not_no_merges():
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = BY_NAME["llama-bpe"].splits()
     core.train_from_iterator(["BCD BCD BC "], trainers.BpeTrainer(special_tokens=["<s>", "</s>"]))
@@ -223,10 +223,14 @@ def test_a_vocabulary_may_have_no_letter_a_but_not_no_merges(monkeypatch):
     bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)))
     with pytest.raises(CannotSayError, match="has no merges, without which"):
         fields_of(bare, 310, "llama-bpe")
+
+
+def test_a_full_temporary_directory_is_one_sentence(tokenizer, monkeypatch):
+    """The package tokenizers has no error of its own for it."""
     full = raising(Exception("No space left on device (os error 28)"))
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
     with pytest.raises(OutputError, match=r"cannot write to .*No space left.*or set TMPDIR"):
-        fields_of(bare, 310, "llama-bpe")
+        fields_of(tokenizer, 320, None)
 
 
 @pytest.mark.parametrize(

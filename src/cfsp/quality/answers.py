@@ -29,7 +29,7 @@ from cfsp.checkpoint.reading import Checkpoint
 from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.errors import TextError, UsageError
 from cfsp.progress import item_progress
-from cfsp.quality.generation import Generator, Whole, prompt_of
+from cfsp.quality.generation import Generator, Whole, asking, prompt_of
 from cfsp.quality.paired import as_json, per_count
 from cfsp.quality.perplexity import WindowSums
 from cfsp.quality.results_file import answer_measures
@@ -69,7 +69,7 @@ class Questions:
                 "your own with --answers CHATS"
             )
         found = (json.loads(line) for line in lines[:asked])
-        return cls(tuple((each["kind"], _said(each["question"])) for each in found))
+        return cls(tuple((each["kind"], asking(each["question"])) for each in found))
 
     def identity(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Return what answers depend on besides the models, as JSON types."""
@@ -94,10 +94,6 @@ class Questions:
                 )
             check_tokens(source.config, torch.tensor(prompts[-1:]), source.label)
         return prompts
-
-
-def _said(question: str) -> Conversation:
-    return [{"role": "user", "content": question}]
 
 
 def _openings(name: str) -> Iterator[tuple[str, Conversation]]:

@@ -25,6 +25,11 @@ Whole = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
 _MOST_OF_PADDING, _MOST_IN_HALF = 1e-3, 0.1
 
 
+def asking(question: str) -> Conversation:
+    """Return the beginning of a chat in which a user asks something."""
+    return [{"role": "user", "content": question}]
+
+
 def prompt_of(asked: Conversation, tokenizer: PreTrainedTokenizerBase, number: int) -> list[int]:
     """Return the tokens that ask a model what a user says last, whose number errors name.
 

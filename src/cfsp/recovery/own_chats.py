@@ -19,7 +19,7 @@ from cfsp.checkpoint.text_config import longest_input_of
 from cfsp.checkpoint.turn_end import turn_end
 from cfsp.processes import process_count
 from cfsp.progress import item_progress
-from cfsp.quality.generation import Generator, prompt_of
+from cfsp.quality.generation import Generator, asking, prompt_of
 from cfsp.recovery.data import with_chats
 from cfsp.recovery.prepare import Prepared
 from cfsp.streaming.work_dir import WorkDir, load_or_compute
@@ -73,7 +73,7 @@ def opening_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     has_ends = getattr(tokenizer, "is_fast", False) and turn_end(tokenizer, ("user",))
     if not has_ends or not turn_end(tokenizer):
         return []
-    before = templated(_asks(_MARK), tokenizer, 1).rpartition(_MARK)[0]
+    before = templated(asking(_MARK), tokenizer, 1).rpartition(_MARK)[0]
     opening: list[int] = encoded(tokenizer, before)["input_ids"]
     return opening
 
@@ -103,7 +103,7 @@ def own_chats(
             left = due - time.monotonic()
             asked = model.continue_from(openings, _QUESTION_TOKENS, max_time=left, **_ASKING)
             questions = {model.text_of(said) for said in asked if said[-1] in model.ends} - {""}
-            prompts = {each: prompt_of(_asks(each), tokenizer, 1) for each in sorted(questions)}
+            prompts = {each: prompt_of(asking(each), tokenizer, 1) for each in sorted(questions)}
             if room is not None:
                 prompts = {q: p for q, p in prompts.items() if len(p) + _ANSWER_TOKENS <= room}
             if prompts and not model.reads_padded([*prompts.values()]):
@@ -116,13 +116,9 @@ def own_chats(
                 return []
             answers = map(model.text_of, said)
             chats += [
-                [*_asks(question), {"role": "assistant", "content": answer}]
+                [*asking(question), {"role": "assistant", "content": answer}]
                 for question, answer in zip(prompts, answers, strict=True)
                 if answer
             ]
             bar.update(len(openings))
     return chats
-
-
-def _asks(question: str) -> Conversation:
-    return [{"role": "user", "content": question}]

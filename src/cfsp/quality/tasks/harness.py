@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import sha256
 from importlib.metadata import version
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -168,9 +167,9 @@ class TaskRunner:
 
     def _check_shots(self, asked: str, tasks: Mapping[str, Any]) -> None:
         """Check that there are solved examples enough, by the first question of each task."""
-        if none := [name for name, task in tasks.items() if task.get_config("num_fewshot") == 0]:
-            told = "%s: %s of its tasks take no solved examples, whatever --shots says"
-            logger.warning(told, asked, len(none))
+        if none := sum(task.get_config("num_fewshot") == 0 for task in tasks.values()):
+            told = "%s: %d of its tasks take no solved examples, whatever --shots says"
+            logger.warning(told, asked, none)
         for name, task in tasks.items():
             self.set_shots(task)
             try:
@@ -224,25 +223,30 @@ class TaskRunner:
                 bootstrap_iters=_FEWEST_DRAWS,
             )
         logged = {each: (task, results["samples"][each]) for each, task in leaves.items()}
-        # Of a group its mean where that is its documents', which pairs are of; else single tasks.
-        mean_of_group = results["results"].get(name, {}).get(f"{HARNESS_METRICS[0]},none", math.nan)
-        pooled = [each["acc"] for each in scored_documents([*logged.values()])] or [math.nan]
-        is_one = math.isclose(fmean(pooled), mean_of_group, abs_tol=1e-9)
+        entries = [(name, [*leaves], scored_documents([*logged.values()]))]
+        if not _is_their_mean(results["results"].get(name, {}), entries[0][2]):
+            entries = [(each, [each], scored_documents([of])) for each, of in logged.items()]
         scores, documents = {}, {}
-        entries = {name: [*leaves]} if is_one else {each: [each] for each in leaves}
-        for entry, members in entries.items():
+        for entry, members, scored in entries:
             measured = _scores(entry, members, results)
             # What a group does not give in the mean, its pairs do not compare.
             left_out = {"acc_norm"} - measured.keys()
             documents[entry] = [
                 {key: value for key, value in each.items() if key not in left_out}
-                for each in scored_documents([logged[each] for each in members])
+                for each in scored
             ]
             # NaN would be taken for the likeliest.
             found = (each.get("loglikelihoods", ()) for each in documents[entry])
             check_is_number(sum(map(sum, found)), entry, dtype)
             scores[entry] = measured | summary_of(documents[entry])
         return {"tasks": scores, "documents": documents}
+
+
+def _is_their_mean(measured: Mapping[str, Any], documents: Sequence[ScoredDocument]) -> bool:
+    """Return whether the accuracy of a group is its documents': only then pairs are of it."""
+    found = measured.get(f"{HARNESS_METRICS[0]},none", math.nan)
+    values = [each["acc"] for each in documents]
+    return bool(values) and math.isclose(mean(values).value, found, abs_tol=1e-9)
 
 
 def _check_has_scores(name: str, tasks: Mapping[str, Any]) -> None:
