@@ -87,10 +87,18 @@ def test_variables_of_torchrun_that_are_no_numbers_are_one_sentence(forks, wrong
     assert ended.stderr.count("\n") == 1
 
 
+# `cfsp families` warns where another transformers is installed.
+AS_PROVED = """
+import transformers
+from cfsp.families.catalogue import proved_before
+transformers.__version__ = proved_before()[0]
+"""
+
+
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_output_that_cannot_be_written_is_one_sentence(forks, flags):
     """As on a full disk; `--json` is more than the buffer holds."""
-    code = f"""
+    code = f"""{AS_PROVED}
 import os, sys
 os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
 sys.argv = ["cfsp", "families", *{flags}]
@@ -108,7 +116,7 @@ sys.exit(main())
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_output_that_is_closed_is_no_error(forks, flags):
     """As by `>&-`."""
-    code = f"""
+    code = f"""{AS_PROVED}
 import sys
 from cfsp.__main__ import main
 sys.argv = ["cfsp", "families", *{flags}]
