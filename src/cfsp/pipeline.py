@@ -13,7 +13,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
@@ -62,6 +62,7 @@ from cfsp.settings import (
     Budget,
     MaxLossIncrease,
     PruneSettings,
+    by_flag,
 )
 from cfsp.streaming.block_stream import check_enough
 from cfsp.streaming.runtime import check_same_work, runtime_identity, runtime_of
@@ -305,10 +306,10 @@ def pruning_identity(settings: PruneSettings, known: Known) -> dict[str, Any]:
         "--bos": settings.text.bos,
         "--repair": settings.repair,
         "--plan": known.plan and digest_of_plan(known.plan),
-        **asdict(settings.budget),
+        **by_flag(settings.budget),
         "parts are open": settings.leaves_parts_open,
-        "goal": [type(settings.goal).__name__, asdict(settings.goal)] if settings.goal else None,
-        **asdict(settings.criterion),
+        "goal": settings.goal and by_flag(settings.goal),
+        **by_flag(settings.criterion),
         "--statistics": known.statistics and known.statistics.digest,
     }
 

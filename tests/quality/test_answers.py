@@ -186,7 +186,7 @@ def test_a_killed_run_goes_on(argv, models, other_text_file, results, tmp_path, 
     assert run(passes=4) == 130 and not out.exists()
     # Another command is told so.
     assert run("--windows", "2") == 2
-    assert "holds unfinished work with another texts" in capsys.readouterr().err
+    assert "holds unfinished work that differs in texts; repeat" in capsys.readouterr().err
     # The first text is there, and of the second the dense model: it streams once more, to compare
     # the other with.
     assert run(batches=4) == 130

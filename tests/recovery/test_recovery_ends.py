@@ -124,13 +124,15 @@ def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(
     monkeypatch.chdir(out.parent.parent)
     # Other arguments are refused, and the work stays.
     before = sorted(work_of(out).rglob("*"))
-    other = r"another learning_rate \(None; now it is 0\.02\); repeat that .* rm -r .*out\.work"
+    other = (
+        r"differs in --learning-rate \(None; now it is 0\.02\); repeat that .* rm -r .*out\.work"
+    )
     with pytest.raises(ResumeError, match=other):
         recovered(evaluation=evaluation, training=training(learning_rate=0.02))
     # As is another text of the same name.
     same_name = EvaluationText((Text(str(text_file), text_file.read_text()[500:]),), 2, 32)
     for another in (EvaluationText(), same_name):
-        with pytest.raises(ResumeError, match="another eval"):
+        with pytest.raises(ResumeError, match="differs in eval; repeat"):
             recovered(evaluation=another)
     assert sorted(work_of(out).rglob("*")) == before
     last = last_checkpoint(work_of(out) / "process-0" / "train")
@@ -157,7 +159,7 @@ def test_a_run_goes_on_with_the_same_teacher_alone(recovered, copied):
     how = {**SHORT, "teacher": str(copied)}
     stopped(recovered, **how)
     edit_tensors(copied / "model.safetensors", lambda found: found["model.norm.weight"].add_(0.1))
-    with pytest.raises(ResumeError, match="another teacher"):
+    with pytest.raises(ResumeError, match="differs in teacher; repeat"):
         recovered(**how)
 
 
@@ -166,7 +168,7 @@ def test_a_run_goes_on_as_memory_had_decided(recovered, tmp_path, monkeypatch):
     how = {**SHORT, "teacher": "auto"}
     stopped(recovered, **how)
     for other in ({"teacher": "none"}, {"adaptation": Adaptation("full")}):
-        with pytest.raises(ResumeError, match="with another --"):
+        with pytest.raises(ResumeError, match="differs in --"):
             recovered(**{**how, **other})
     monkeypatch.setattr("cfsp.streaming.runtime.available_bytes", lambda: 1000)
     recovered(**how)
@@ -175,7 +177,7 @@ def test_a_run_goes_on_as_memory_had_decided(recovered, tmp_path, monkeypatch):
 
 def test_what_a_user_had_chosen_is_not_taken_for_what_memory_decided(recovered):
     stopped(recovered, **SHORT, teacher="none")
-    with pytest.raises(ResumeError, match=r"with another --teacher \(none; now it is auto\)"):
+    with pytest.raises(ResumeError, match=r"differs in --teacher \(none; now it is auto\)"):
         recovered(**SHORT, teacher="auto")
 
 
@@ -220,6 +222,8 @@ def test_minutes_end_the_run_and_the_schedule(recovered, caplog, monkeypatch):
     looks = count()
     clock = SimpleNamespace(monotonic=lambda: next(looks) / 30)
     monkeypatch.setattr("cfsp.recovery.schedule.time", clock)
+    late = SimpleNamespace(monotonic=lambda: 12.1)  # to write took longer than was thought
+    monkeypatch.setattr("cfsp.recovery.recover.time", late)
     how = Training(
         Limit(minutes=0.2), batch_windows=4, seqlen=32, evaluations=3, learning_rate=1e-3
     )
@@ -227,6 +231,7 @@ def test_minutes_end_the_run_and_the_schedule(recovered, caplog, monkeypatch):
     assert 8 < next(looks) / 30 <= 12
     assert len(report.history) == 4 and report.steps > 10
     said = [record.getMessage() for record in caplog.records]
+    assert f"recovery took 1 second more than --max-minutes 0.2; it made {report.steps}" in said[-1]
     assert re.fullmatch(
         r"step 0, \d+%: held-out loss [\d.]+, learning rate from 5e-05 up to 0.001, "
         r"time for about \d+ steps and \d evaluations",

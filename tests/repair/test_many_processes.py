@@ -137,7 +137,9 @@ def test_after_deaths_the_same_command_goes_on(
         assert f"[process {left}] process {left} of 2 lost another process, or waited for" in line
         assert not (tmp_path / "many").exists()
         error = command(*many(argv, tmp_path), status=2).err
-        assert "unfinished work with another number of processes (2; now it is 1); repeat" in error
+        assert (
+            "unfinished work that differs in number of processes (2; now it is 1); repeat" in error
+        )
     ended = finish(argv, 2)
     assert f"ridge: going on at block 2 of {BLOCKS}" in said[1]
     assert f"sequential: going on at block 1 of {BLOCKS}" in ended[0].stderr

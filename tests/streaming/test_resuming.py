@@ -102,12 +102,12 @@ def test_another_command_is_refused_and_the_same_goes_on_in_another_directory(
     work_dir = runs.directory / "out.work"
     before = entries(work_dir / "process-0")
     for change, key in (
-        (["--sparsity", "0.4"], "sparsity"),
-        (["--repair", "none"], "--repair"),
-        (["--multiple", "8"], "multiple"),
+        (["--sparsity", "0.4"], "--sparsity (0.5; now it is 0.4); repeat"),
+        (["--repair", "none"], "--repair (ridge; now it is none); repeat"),
+        (["--multiple", "8"], "--multiple (4; now it is 8); repeat"),
     ):
         message = runs.refused([*runs.prune, *change]).splitlines()[-1]
-        assert f"holds unfinished work with another {key}" in message
+        assert f"holds unfinished work that differs in {key}" in message
         assert f"rm -r {work_dir}" in message
         assert "out" not in entries(runs.directory)
         assert entries(work_dir / "process-0") == before
@@ -127,10 +127,10 @@ def test_another_command_is_refused_and_the_same_goes_on_in_another_directory(
 @pytest.mark.parametrize(
     ("now", "said"),
     [
-        ({"new name": 1, "version": {"cfsp-llm": "0.2"}}, r"another version \(.*0\.1.*0\.2"),
+        ({"new name": 1, "version": {"cfsp-llm": "0.2"}}, r"differs in version \(.*0\.1.*0\.2"),
         (
             {"new name": 1, "version": {"cfsp-llm": "0.1"}},
-            r"another new name \(None; now it is 1\)",
+            r"differs in new name \(None; now it is 1\)",
         ),
     ],
     ids=["a release", "a state of the repository"],
@@ -167,20 +167,20 @@ def test_another_text_model_or_dtype_is_refused(runs, model, copied):
     argv = [str(copied) if word == str(model) else word for word in runs.calibrate]
     runs.kill(argv, "after", 1)
     for change, key in (
-        (["--seed", "5"], "calibration text"),
-        (["--dtype", "bfloat16"], "dtype"),
-        (["--batch-windows", "3"], "batch of windows"),
+        (["--seed", "5"], "calibration text; repeat"),
+        (["--dtype", "bfloat16"], "dtype (float32; now it is bfloat16)"),
+        (["--batch-windows", "3"], "batch of windows (2; now it is 3)"),
     ):
-        assert f"with another {key} (" in runs.refused([*argv, *change])
+        assert f"differs in {key}" in runs.refused([*argv, *change])
     config = (copied / "config.json").read_text()
     edit_json(copied / "config.json", lambda fields: fields.update(rms_norm_eps=0.25))
-    assert "with another model (" in runs.refused(argv)
+    assert "differs in model; repeat" in runs.refused(argv)
     (copied / "config.json").write_text(config)
     changed = build_tiny_model("llama")
     with torch.no_grad():
         changed.model.layers[1].mlp.down_proj.weight[0, 0] += 1
     changed.save_pretrained(copied)
-    assert "with another model (" in runs.refused(argv)
+    assert "differs in model; repeat" in runs.refused(argv)
 
 
 def test_other_statistics_of_the_same_text_are_refused(runs):
@@ -191,7 +191,7 @@ def test_other_statistics_of_the_same_text_are_refused(runs):
         assert main([*runs.calibrate[:-2], *asked]) == 0
     argv = [*runs.prune, "--statistics"]
     runs.kill([*argv, first], "within", 2)
-    assert "with another --statistics (" in runs.refused([*argv, second])
+    assert "differs in --statistics; repeat" in runs.refused([*argv, second])
     assert "ridge: going on at block 1" in runs.end([*argv, first])
 
 
@@ -214,8 +214,10 @@ def test_what_was_found_of_another_model_or_dtype_is_refused(
     with monkeypatch.context() as patch:
         patch.setattr(the_pass, stop)
         assert main([*argv, str(model)]) == 130
-    assert f"with another {key} (" in runs.refused([*argv, str(tiny_checkpoint("mistral"))])
-    assert "with another dtype (" in runs.refused([*argv, "--dtype", "bfloat16", str(model)])
+    assert f"differs in {key}; repeat" in runs.refused([*argv, str(tiny_checkpoint("mistral"))])
+    assert "differs in dtype (float32; now it is bfloat16); repeat" in runs.refused(
+        [*argv, "--dtype", "bfloat16", str(model)]
+    )
 
 
 def test_a_state_is_complete_and_a_damaged_one_is_refused(runs):

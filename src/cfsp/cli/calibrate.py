@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> Told:
     identity = {
         "command": "calibrate",
         "--parts": list(parts),
-        "block_metric": settings.criterion.block_metric,
+        "--block-metric": settings.criterion.block_metric,
         # Before the pass it is decided what fits into memory.
         "model": source.identity,
         **runtime_identity(runtime_of(compute, source)),

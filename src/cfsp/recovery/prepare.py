@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from cfsp.recovery.data import RecoveryText, read_text
 from cfsp.recovery.settings import AUTO_TEACHER, NO_TEACHER, RecoverSettings
 from cfsp.result.card import model_card, origin_of
 from cfsp.result.manifest import facts_about, plan_beside, refusing_damage
+from cfsp.settings import by_flag
 from cfsp.streaming.runtime import free_bytes, runtime_identity, runtime_of
 from cfsp.streaming.work_dir import STATE_FILE, Stopwatch, directory_of_process, read_state
 from cfsp.text.tokenizers import load_tokenizer
@@ -115,17 +116,17 @@ def prepare(source: Checkpoint, out: Path, settings: RecoverSettings, started: f
         **asked,
         "model": source.identity,
         "text": [text.train.digest, text.held_out.digest],
-        **asdict(settings.adaptation),
-        **asdict(training.limit),
-        **{name: value for name, value in asdict(training).items() if name != "limit"},
+        **by_flag(settings.adaptation),
+        **by_flag(training.limit),
+        **{name: v for name, v in by_flag(training).items() if name != "limit"},
         "teacher": teacher and teacher.identity,
         "eval": digests_of(windows),
         **runtime_identity(runtime_of(settings.compute, source)),
     }
     if training.shard:  # any number of processes that makes the same steps reads its checkpoints
-        identity |= {"windows in a step": training.windows_in_step, "batch_windows": 0}
+        identity |= {"windows in a step": training.windows_in_step, "--batch-windows": 0}
     else:
-        identity["processes"] = process_count()
+        identity["number of processes"] = process_count()
     return Prepared(
         source=source,
         out=out,

@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -180,10 +181,10 @@ def recover_checkpoint(
         return report
     limit = settings.training.limit.minutes
     # Of a killed run the stages have its time too.
-    took = max(time.monotonic() - started, sum(report.seconds.values())) / 60
-    if limit is not None and took > limit:
+    took = max(time.monotonic() - started, sum(report.seconds.values()))
+    if limit is not None and (over := ceil(took - 60 * limit)) > 0:
         logger.warning(
-            f"recovery took {took:.1f} minutes, more than --max-minutes {limit:g}; it "
+            f"recovery took {counted(over, 'second')} more than --max-minutes {limit:g}; it "
             f"made {report.steps} training steps: give it more, or smaller --batch-windows"
         )
     return report

@@ -17,8 +17,8 @@ from cfsp.settings.budget import (
     TargetSpeedup, WholePart, parts_in_words, unit_parts,
 )
 from cfsp.settings.options import (
-    Declared, check_names, fraction, from_names, given_of, names_in, one_or_several, option,
-    options_of,
+    Declared, by_flag, check_names, fraction, from_names, given_of, names_in,
+    one_or_several, option, options_of,
 )
 from cfsp.settings.pruning import (
     ANGULAR, AUTO_METRIC, BEST_EFFORT, BLOCK_METRICS, CHANNEL_METRICS,

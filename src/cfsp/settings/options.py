@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from inspect import Parameter, signature
 from math import inf
@@ -124,6 +124,13 @@ def from_names(settings: type[T], values: Mapping[str, Any], **others: Any) -> T
             except ValueError:
                 raise UsageError(f"{known.name} must be a number, found {value!r}") from None
     return settings(**{**others, **found})
+
+
+def by_flag(settings: Any) -> dict[str, Any]:
+    """Return the values of settings by what their options are called on a command line."""
+    known = options_of(type(settings))
+    values = asdict(settings).items()
+    return {known[name].typed if name in known else name: value for name, value in values}
 
 
 def given_of(settings: type[Any], values: Mapping[str, Any]) -> dict[str, str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import secrets
 import shlex
 import shutil
@@ -44,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 
 STATE_FILE = "state.json"
+
+_DIGEST = re.compile(r"\b[0-9a-f]{16,}\b")
 
 
 class PassState:
@@ -93,9 +96,12 @@ def read_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
         if key == "version" or key not in saved:
             again = "go back to the version that began it"
         if before != now:
+            said = f" ({before}; now it is {now})"
+            if _DIGEST.search(said):  # they tell nobody anything
+                said = ""
             raise ResumeError(
-                f"{work_dir} holds unfinished work with another {key} ({before}; now it is {now}); "
-                f"{again} to finish it, or {start_over(work_dir)}"
+                f"{work_dir} holds unfinished work that differs in {key}{said}; {again} to finish "
+                f"it, or {start_over(work_dir)}"
             )
     return fields
 
