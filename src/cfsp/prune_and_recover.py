@@ -7,11 +7,10 @@ import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cfsp.checkpoint.locating import open_checkpoint
 from cfsp.checkpoint.output import before_training
-from cfsp.checkpoint.own_files import MANIFEST_FILE
 from cfsp.checkpoint.reading import Checkpoint
 from cfsp.decide import NOTHING_KNOWN, Known
 from cfsp.errors import OutputError, ResumeError
@@ -81,7 +80,7 @@ def prune_and_recover(
     log.info("best effort: %s, then one pass of training towards the dense model", step)
     tokenizer, before = load_tokenizer(source.directory), _asked_of(pruned)
     if before is None:
-        if (pruned / MANIFEST_FILE).is_file():
+        if _only_pruned(pruned):
             data = [word for name in map(name_of, text.names) for word in ("--data", name)]
             by = shlex.join(["cfsp", "recover", str(pruned), *data, "--out", str(out)])
             raise OutputError(
@@ -104,10 +103,10 @@ def prune_and_recover(
         }
     )
     if before not in (None, asked):
+        left = [str(each) for each in (pruned, directory_of_process(out).parent) if each.is_dir()]
         raise ResumeError(
-            f"{pruned} exists: another command, or another text, pruned it and did not finish its "
-            "training; repeat that command to finish it, or start over with: "
-            f"{shlex.join(['rm', '-r', str(pruned), str(directory_of_process(out).parent)])}"
+            f"{pruned} exists: another command, or another text, pruned it to train it; repeat "
+            f"that command to train it, or start over with: {shlex.join(['rm', '-r', *left])}"
         )
     if before == asked:
         log.info("%s was pruned before by the same command; going on from it", pruned)
@@ -117,15 +116,21 @@ def prune_and_recover(
         report = prune(pruned, settings, known=replace(known, noted={_ASKED: asked}))
     if report.parameters_after == report.parameters_before:
         log.info("nothing was removed, so there is nothing to win back by training")
-        add_to_manifest(pruned, {"out": str(out)})
+        add_to_manifest(pruned, {"out": str(out), _ASKED: None})
         pruned.rename(out)
         return replace(report, out=str(out)), None
     return report, recover_checkpoint(open_checkpoint(pruned), out, how, command=command)
 
 
+def _only_pruned(pruned: Path) -> dict[str, Any] | None:
+    """Return the manifest of a model that was pruned and not trained; None of anything else."""
+    manifest = read_manifest(pruned) if pruned.is_dir() else None
+    return manifest if manifest and manifest.get("operation") == "prune" else None
+
+
 def _asked_of(pruned: Path) -> str | None:
     """Return what the run was asked for that pruned a model to train it; None if none did."""
-    return (read_manifest(pruned) or {}).get(_ASKED) if pruned.is_dir() else None
+    return (_only_pruned(pruned) or {}).get(_ASKED)
 
 
 def _why_not_trained(source: Checkpoint, out: Path, pruned: Path, how: RecoverSettings) -> str:

@@ -129,6 +129,8 @@ def test_a_run_that_was_stopped_after_its_last_step_is_not_trained_further(
     )
     with pytest.raises(ResumeError, match=other):
         recovered(evaluation=evaluation, training=training(learning_rate=0.02))
+    with pytest.raises(ResumeError, match=r"differs in --seqlen \(32; now it is 16\)"):
+        recovered(evaluation=evaluation, training=training(seqlen=16))  # which changes the text
     # As is another text of the same name.
     same_name = EvaluationText((Text(str(text_file), text_file.read_text()[500:]),), 2, 32)
     for another in (EvaluationText(), same_name):

@@ -273,6 +273,7 @@ def test_best_effort_trains_and_goes_on_after_a_kill(
         command(*arguments, status=130)
     assert not out.exists()
     before = (pruned / "model.safetensors").stat().st_mtime_ns
+    Path(f"{out}.work").mkdir()  # of a run that was killed later
     # Another command does not take what this one left.
     assert f"{pruned} exists" in (told := command(*arguments, "--seed", 1, status=2).err)
     assert f"start over with: rm -r '{pruned}' '{out}.work'" in told
@@ -323,12 +324,32 @@ def test_best_effort_without_blocks_goes_on_after_a_kill(model, text_file, tmp_p
     assert report.perplexity["some"] == of_pruning["some"] | after != of_pruning["some"]
 
 
+def test_best_effort_takes_no_finished_model_for_what_a_killed_run_left(
+    arguments, tmp_path, command
+):
+    out, pruned, kept = tmp_path / "out", tmp_path / "out-pruned", tmp_path / "kept"
+    arguments += ["--effort", "best"]
+    command(*arguments)
+    out.rename(kept)
+    said = command(*arguments, "--seed", 1, status=2).err
+    assert (
+        f"to train it; repeat that command to train it, or start over with: rm -r {pruned}" in said
+    )
+    assert said.rstrip().endswith(str(pruned))  # and not of work that isn't there
+    pruned.rename(tmp_path / "aside")
+    kept.rename(pruned)  # as by `--out out-pruned`
+    for more in ([], ["--seed", 1]):
+        assert f"{pruned} exists and is not empty" in command(*arguments, *more, status=2).err
+
+
 def test_best_effort_where_nothing_goes_trains_nothing(arguments, model, tmp_path, command):
     arguments[3] = "0"
     assert "recovery" not in json.loads(command(*arguments, "--effort", "best", "--json").out)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt"}
     assert read_json(tmp_path / "out" / "cfsp.json")["out"] == "out"  # not out-pruned
     assert not changed(model, tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / "out-pruned")
+    assert "was pruned before, by another" in command(*arguments, "--effort", "best", status=2).err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A killed run goes on where it was and gives the same bits; other work is refused."""
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -144,6 +145,17 @@ def test_work_of_another_version_is_what_that_version_finishes(now, said, tmp_pa
     said += ".*; go back to the version that began it to finish it, or start over with"
     with pytest.raises(ResumeError, match=said), output_work_dir(tmp_path / "out", now, None):
         pass
+
+
+def test_a_number_is_told_and_a_digest_is_not(tmp_path):
+    for was, now, said in (
+        (1 / 3, 0.3, " (0.3333333333333333; now it is 0.3)"),
+        ("0f" * 32, "a", ""),
+    ):
+        PassState(tmp_path / "out.work/process-0/a pass", {"text": was}).commit(1)
+        with pytest.raises(ResumeError, match=re.escape(f"differs in text{said}; repeat")):
+            PassState(tmp_path / "out.work/process-0/a pass", {"text": now})
+        shutil.rmtree(tmp_path / "out.work")
 
 
 def test_weights_that_are_touched_cost_no_work(runs, model, copied):

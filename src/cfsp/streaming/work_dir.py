@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
 
-_DIGEST = re.compile(r"\b[0-9a-f]{16,}\b")
+_DIGEST = re.compile(r'"[0-9a-f]{16,}"')
 
 
 class PassState:
@@ -96,9 +96,9 @@ def read_state(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
         if key == "version" or key not in saved:
             again = "go back to the version that began it"
         if before != now:
-            said = f" ({before}; now it is {now})"
-            if _DIGEST.search(said):  # they tell nobody anything
-                said = ""
+            # Digests tell nobody anything.
+            is_told = _DIGEST.search(json.dumps([before, now])) is None
+            said = f" ({before}; now it is {now})" if is_told else ""
             raise ResumeError(
                 f"{work_dir} holds unfinished work that differs in {key}{said}; {again} to finish "
                 f"it, or {start_over(work_dir)}"
